@@ -1,0 +1,71 @@
+"""SAE-Lens and nnsight for vision-language models.
+
+The public names below are loaded when they are first used, so that importing the package costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sae_lens_multimodal.adapters.batch import EncodedBatch as EncodedBatch
+    from sae_lens_multimodal.adapters.layout import TokenLayout as TokenLayout
+    from sae_lens_multimodal.adapters.model import VisionLanguageModel as VisionLanguageModel
+    from sae_lens_multimodal.adapters.model import load_model as load_model
+    from sae_lens_multimodal.autointerp.explain import explain as explain
+    from sae_lens_multimodal.autointerp.score import score as score
+    from sae_lens_multimodal.features.harvest import harvest as harvest
+    from sae_lens_multimodal.features.store import FeatureStore as FeatureStore
+    from sae_lens_multimodal.hooks.read import read_activations as read_activations
+    from sae_lens_multimodal.hooks.steer import Ablate as Ablate
+    from sae_lens_multimodal.hooks.steer import Add as Add
+    from sae_lens_multimodal.hooks.steer import Scale as Scale
+    from sae_lens_multimodal.hooks.steer import Set as Set
+    from sae_lens_multimodal.hooks.steer import steer as steer
+    from sae_lens_multimodal.report.build import build_report as build_report
+    from sae_lens_multimodal.training.config import MultimodalSAERunnerConfig as MultimodalSAERunnerConfig
+    from sae_lens_multimodal.training.runner import MultimodalSAETrainingRunner as MultimodalSAETrainingRunner
+    from sae_lens_multimodal.types import Modality as Modality
+
+
+_HOMES = {
+    "Ablate": "hooks.steer",
+    "Add": "hooks.steer",
+    "EncodedBatch": "adapters.batch",
+    "FeatureStore": "features.store",
+    "Modality": "types",
+    "MultimodalSAERunnerConfig": "training.config",
+    "MultimodalSAETrainingRunner": "training.runner",
+    "Scale": "hooks.steer",
+    "Set": "hooks.steer",
+    "TokenLayout": "adapters.layout",
+    "VisionLanguageModel": "adapters.model",
+    "build_report": "report.build",
+    "explain": "autointerp.explain",
+    "harvest": "features.harvest",
+    "load_model": "adapters.model",
+    "read_activations": "hooks.read",
+    "score": "autointerp.score",
+    "steer": "hooks.steer",
+}
+
+__all__ = sorted(_HOMES)
+
+try:
+    __version__ = version("sae-lens-multimodal")
+except PackageNotFoundError:  # a source tree that was never installed
+    __version__ = "0+unknown"
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401 - whatever the name stands for
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
