@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from sae_lens_multimodal.autointerp.score import score as score
     from sae_lens_multimodal.features.harvest import harvest as harvest
     from sae_lens_multimodal.features.store import FeatureStore as FeatureStore
+    from sae_lens_multimodal.hooks.changes import Ablate as Ablate
+    from sae_lens_multimodal.hooks.changes import Add as Add
+    from sae_lens_multimodal.hooks.changes import Scale as Scale
+    from sae_lens_multimodal.hooks.changes import Set as Set
     from sae_lens_multimodal.hooks.read import read_activations as read_activations
-    from sae_lens_multimodal.hooks.steer import Ablate as Ablate
-    from sae_lens_multimodal.hooks.steer import Add as Add
-    from sae_lens_multimodal.hooks.steer import Scale as Scale
-    from sae_lens_multimodal.hooks.steer import Set as Set
     from sae_lens_multimodal.hooks.steer import steer as steer
     from sae_lens_multimodal.report.build import build_report as build_report
     from sae_lens_multimodal.training.config import MultimodalSAERunnerConfig as MultimodalSAERunnerConfig
@@ -31,15 +31,15 @@ if TYPE_CHECKING:
 
 
 _HOMES = {
-    "Ablate": "hooks.steer",
-    "Add": "hooks.steer",
+    "Ablate": "hooks.changes",
+    "Add": "hooks.changes",
     "EncodedBatch": "adapters.batch",
     "FeatureStore": "features.store",
     "Modality": "types",
     "MultimodalSAERunnerConfig": "training.config",
     "MultimodalSAETrainingRunner": "training.runner",
-    "Scale": "hooks.steer",
-    "Set": "hooks.steer",
+    "Scale": "hooks.changes",
+    "Set": "hooks.changes",
     "TokenLayout": "adapters.layout",
     "VisionLanguageModel": "adapters.model",
     "build_report": "report.build",

@@ -39,15 +39,15 @@ def ask_leading(objects: Sequence[Attributes], rng: np.random.Generator) -> q.Qu
     wanted = {"colour": target["colour"], "shape": target["shape"]}
     draw = rng.random()
     if draw < 0.45:
-        wanted["shape"] = _draw_value("shape", rng)
+        wanted["shape"] = draw_value("shape", rng)
     elif draw < 0.7:
-        wanted["colour"] = _draw_value("colour", rng)
+        wanted["colour"] = draw_value("colour", rng)
     elif draw < 0.8:
-        wanted = {kind: _draw_value(kind, rng) for kind in wanted}
+        wanted = {kind: draw_value(kind, rng) for kind in wanted}
     return q.leading_question(objects, wanted, rng)
 
 
-def _draw_value(kind: str, rng: np.random.Generator) -> str:
+def draw_value(kind: str, rng: np.random.Generator) -> str:
     """Draw any value of a kind."""
     return ATTRIBUTES[kind][rng.integers(len(ATTRIBUTES[kind]))]
 
@@ -78,9 +78,9 @@ def ask_group(crops: Sequence[Attributes], rng: np.random.Generator) -> q.Questi
 
 def _judged(crops: Sequence[Attributes], rng: np.random.Generator) -> dict[str, str]:
     """Draw attributes to judge: often all shared ones or some of them."""
-    kinds = [kind for kind in PHRASE_ORDER if all(kind in one for one in crops)]
+    kinds = [kind for kind in PHRASE_ORDER if all(kind in one for one in crops)] or list(PHRASE_ORDER)
     common = q.shared(crops)
-    if common and rng.random() < 0.45:
+    if common and rng.random() < (0.15 if len(crops) == 1 else 0.45):
         names = list(common)
         count = int(rng.integers(1, len(names) + 1))
         chosen = [names[k] for k in rng.permutation(len(names))[:count]]
@@ -94,12 +94,12 @@ def draw_objects(rng: np.random.Generator, count: int, *, glyph_share: float = 0
     out = []
     for index in colours:
         colour = ATTRIBUTES["colour"][index]
-        texture, shape = _draw_value("texture", rng), _draw_value("shape", rng)
+        texture, shape = draw_value("texture", rng), draw_value("shape", rng)
         while (colour, texture, shape) in HELD_OUT:
-            texture, shape = _draw_value("texture", rng), _draw_value("shape", rng)
+            texture, shape = draw_value("texture", rng), draw_value("shape", rng)
         one = {"colour": colour, "texture": texture, "shape": shape}
         if rng.random() < glyph_share:
-            one["glyph"] = _draw_value("glyph", rng)
+            one["glyph"] = draw_value("glyph", rng)
         out.append(one)
     return out
 
@@ -118,7 +118,7 @@ def draw_group(rng: np.random.Generator, count: int) -> list[dict[str, str]]:
         fixed: dict[str, str] = {}
         if rng.random() < 0.7:
             kinds = [k for k in ("colour", "texture", "shape", "glyph") if rng.random() < (0.12 if k == "glyph" else 0.4)]
-            fixed = {kind: _draw_value(kind, rng) for kind in kinds}
+            fixed = {kind: draw_value(kind, rng) for kind in kinds}
         group = [{**draw_objects(rng, 1)[0], **fixed} for _ in range(count)]
         held = any((one["colour"], one["texture"], one["shape"]) in HELD_OUT for one in group)
         if not held and (fixed or not q.shared(group)):

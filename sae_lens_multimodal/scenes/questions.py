@@ -200,9 +200,9 @@ def draw_wanted(
         Kind to value, never empty.
     """
     target = objects[rng.integers(len(objects))]
-    chosen = _draw_kinds([k for k in kinds if k != "glyph" or "glyph" in target], rng, most)
-    wanted = {kind: target[kind] for kind in chosen if kind in target}
-    if rng.random() < 0.6:
+    chosen = _draw_kinds([k for k in kinds if k in target], rng, most)
+    wanted = {kind: target[kind] for kind in chosen}
+    if rng.random() < 0.7:
         changed = chosen[rng.integers(len(chosen))]
         wanted[changed] = _other(ATTRIBUTES[changed], wanted[changed], objects, changed, rng)
     return wanted

@@ -112,7 +112,8 @@ def fit_features(
     labels: dict[Modality, list[NDArray[np.int8]]] = {modality: [] for modality in MODALITIES}
     firings: dict[Modality, list[_Firings]] = {modality: [] for modality in MODALITIES}
     n_tokens = dict.fromkeys(MODALITIES, 0)
-    for batch, prompts in encoded_batches(model, read_prompts(list(rows)), batch_size=batch_size):
+    for group in encoded_batches(model, read_prompts(list(rows)), batch_size=batch_size):
+        batch, prompts = group.batch, group.prompts
         activations = read_activations(model, batch, hook)[hook]
         for row, prompt in enumerate(prompts):
             layout = batch.layout.row(row)

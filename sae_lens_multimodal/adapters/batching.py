@@ -1,0 +1,95 @@
+"""Several invokes with pictures in one trace: joining their inputs, and giving each its own rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from nnsight.intervention.batching import Batcher
+from nnsight.intervention.interleaver import Interleaver
+from nnsight.modeling import processing
+from torch import Tensor
+
+from sae_lens_multimodal.adapters.family import Family
+
+Invoke: TypeAlias = "tuple[tuple[Any, ...], dict[str, Any]]"
+"""The positional and keyword arguments of one nnsight invoke."""
+
+
+class LocatedInterleaver(Interleaver):
+    """An interleaver that tells the batcher which location a value belongs to.
+
+    nnsight finds an invoke's rows by the size of a tensor's first dimension. In a vision tower that dimension counts
+    views of pictures, and may equal the number of prompts by chance; the location tells them apart.
+    """
+
+    def handle(self, provider: str, value: Any) -> Any:  # noqa: ANN401 - whatever the model passes on
+        """Serve a value, with its location known to the batcher meanwhile."""
+        batcher = self.batcher
+        if not isinstance(batcher, MediaBatcher):
+            return super().handle(provider, value)
+        before, batcher.location = batcher.location, provider
+        try:
+            return super().handle(provider, value)
+        finally:
+            batcher.location = before
+
+
+class MediaBatcher(Batcher):
+    """A batcher that gives each invoke its own pictures' rows within the modules that see pictures."""
+
+    def __init__(self, envoy: Any, kwargs: dict[str, Any] | None = None) -> None:  # noqa: ANN401 - nnsight's signature
+        """Start without invokes."""
+        super().__init__(envoy, kwargs)
+        self.location = ""
+        self._media_groups: dict[int, tuple[int, int]] = {}
+        self._media_total = 0
+
+    def assemble(self, fn: Any) -> tuple[Any, ...]:  # noqa: ANN401 - nnsight's signature
+        """Encode every invoke, note whose pictures are where, and join them."""
+        self.invokes: list[Invoke] = [self.envoy.prepare_invoke(invoke) for invoke in self.invokes]
+        row, media = 0, 0
+        for inputs, kwargs in self.invokes:
+            count = self.envoy.family.media_rows(kwargs)
+            self._media_groups[row] = (media, count)
+            row, media = row + self.envoy._batch_size(*inputs, **kwargs), media + count
+        self._media_total = media
+        return tuple(super().assemble(fn))
+
+    def _narrow_tensor(self, tensor: Tensor, group: list[int]) -> Tensor:
+        if not self._in_media(tensor):
+            own: Tensor = super()._narrow_tensor(tensor, group)
+            return own
+        view = tensor.narrow(0, *self._media_groups[group[0]])
+        view._nnsight_batch = True  # type: ignore[attr-defined] # nnsight's own mark of a slice of the batch
+        return view
+
+    def _widen_tensor(self, full: Tensor, group: list[int], edited: Tensor) -> Tensor:
+        if not self._in_media(full):
+            whole: Tensor = super()._widen_tensor(full, group, edited)
+            return whole
+        start, size = self._media_groups[group[0]]
+        return torch.cat([full[:start], edited, full[start + size :]])
+
+    def _in_media(self, tensor: Tensor) -> bool:
+        inside = any(self.location.startswith(f"{self.envoy.path}.{path}.") for path in self.envoy.family.media_modules)
+        return inside and tensor.dim() > 0 and tensor.shape[0] == self._media_total
+
+
+def join_invokes(model: Any, family: Family, invokes: Sequence[Invoke]) -> dict[str, Any]:  # noqa: ANN401 - an envoy
+    """Join the model inputs of several invokes into one batch, filling up shorter prompts on the tokenizer's side."""
+    rows: list[dict[str, Tensor]] = []
+    forward: dict[str, Any] = {}
+    media: list[Mapping[str, Tensor]] = []
+    for inputs, kwargs in invokes:
+        encoding = processing.as_encoding(inputs[0] if inputs else None, kwargs)
+        if encoding is None or processing.input_key(encoding) is None:
+            raise NotImplementedError(
+                f"got an invoke with {sorted(kwargs)} beside others; expected chat messages, text, or model inputs."
+            )
+        media.append({key: encoding.pop(key) for key in family.media_keys if key in encoding})
+        own_rows, own_forward = processing.encode_pretokenized(encoding)
+        rows.extend(own_rows)
+        forward.update(own_forward)
+    return {**processing.collate(model, rows), **family.merge_media(media), **forward}

@@ -1,0 +1,100 @@
+"""Tiny models with random weights, built without any download: what the tests of each family run on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaNextImageProcessorPil,
+    LlavaNextProcessor,
+    PreTrainedTokenizerFast,
+)
+
+WORDS = ("what", "is", "this", "?", "there", "a", "red", "blue", "green", "circle", "square", "yes", "no", "and", ".")
+CONTROL = ("<pad>", "<unk>", "<s>", "</s>", "<user>", "<assistant>", "<image>")
+CHAT_TEMPLATE = (
+    "{{ '<s>' }}{% for message in messages %}{{ '<' ~ message['role'] ~ '> ' }}"
+    "{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}{{ '<image> ' }}{% else %}{{ part['text'] ~ ' ' }}{% endif %}"
+    "{% endfor %}{% if message['role'] == 'assistant' %}{{ '</s>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<assistant> ' }}{% endif %}"
+)
+
+
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    """Return a tokenizer that knows two dozen whole words and the control tokens of a chat with pictures."""
+    vocabulary = {word: index for index, word in enumerate((*CONTROL, *WORDS))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens(list(CONTROL))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        extra_special_tokens={"image_token": "<image>"},
+    )
+
+
+def randomise(module: torch.nn.Module, seed: int) -> None:
+    """Fill every parameter with random numbers: fresh norms are ones and biases zeros, and would hide mistakes."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in module.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        is_scale = "norm" in name and name.endswith("weight")
+        parameter.data = 1.0 + 0.2 * noise if is_scale else noise * (parameter.shape[-1] ** -0.5)
+
+
+def random_llava_next(seed: int = 0) -> tuple[LlavaNextForConditionalGeneration, LlavaNextProcessor]:
+    """Return a LLaVA-NeXT with two small blocks on each side, and its processor."""
+    pinpoints = [[48, 96], [96, 48], [96, 96]]
+    tokenizer = word_tokenizer()
+    config = LlavaNextConfig(
+        vision_config=CLIPVisionConfig(
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            image_size=48,
+            patch_size=8,
+        ),
+        text_config=LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=48,
+            intermediate_size=64,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=2048,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        ),
+        image_token_index=CONTROL.index("<image>"),
+        image_grid_pinpoints=pinpoints,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+        architectures=["LlavaNextForConditionalGeneration"],
+    )
+    processor = LlavaNextProcessor(
+        LlavaNextImageProcessorPil(
+            size={"shortest_edge": 48}, crop_size={"height": 48, "width": 48}, image_grid_pinpoints=pinpoints
+        ),
+        tokenizer,
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=CHAT_TEMPLATE,
+    )
+    model = LlavaNextForConditionalGeneration(config).eval()
+    randomise(model, seed)
+    generation: Any = model.generation_config
+    generation.eos_token_id, generation.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
+    return model, processor

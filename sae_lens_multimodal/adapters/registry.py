@@ -1,0 +1,62 @@
+"""Finding the adapter of a model family by its `config.model_type`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import TypeAlias
+
+from sae_lens_multimodal.adapters.family import Family
+from sae_lens_multimodal.errors import ConfigError, UnsupportedModelError
+
+ENTRY_POINT_GROUP = "sae_lens_multimodal.adapters"
+"""Other packages add families here: the entry point's name is the model type, its object a `Family` subclass."""
+
+FamilyFactory: TypeAlias = Callable[[], type[Family]]
+
+_factories: dict[str, FamilyFactory] = {}
+
+
+def family(model_type: str) -> Callable[[FamilyFactory], FamilyFactory]:
+    """Register a function that imports and returns the adapter for `config.model_type`."""
+
+    def register(factory: FamilyFactory) -> FamilyFactory:
+        if model_type in _factories:
+            raise ConfigError(f"the model family {model_type!r} is registered twice; expected one adapter for each.")
+        _factories[model_type] = factory
+        return factory
+
+    return register
+
+
+def registered_families() -> list[str]:
+    """Return the model types that have an adapter, built in or from an entry point."""
+    return sorted(_all_factories())
+
+
+def find_family(model_type: str, *, name: str = "the model") -> type[Family]:
+    """Return the adapter class for a model type.
+
+    Args:
+        model_type: `config.model_type`.
+        name: what to call the model in the error.
+
+    Raises:
+        UnsupportedModelError: no adapter is registered for it.
+    """
+    factories = _all_factories()
+    if model_type not in factories:
+        raise UnsupportedModelError(
+            f"{name} is of the family {model_type!r}, which has no adapter; "
+            f"supported are {', '.join(sorted(factories))}. "
+            f"Load one of those, or register an adapter through the entry point group {ENTRY_POINT_GROUP!r}."
+        )
+    return factories[model_type]()
+
+
+def _all_factories() -> dict[str, FamilyFactory]:
+    import_module("sae_lens_multimodal.adapters.families")
+    outside = {entry.name: entry.load for entry in entry_points(group=ENTRY_POINT_GROUP)}
+    # a built-in family wins: an installed package must not change it unseen
+    return {**outside, **_factories}

@@ -1,0 +1,159 @@
+"""Drawing regions: cut out, dimmed around, outlined, and as a heat map."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+from jaxtyping import Float, UInt8
+from PIL import Image, ImageDraw, ImageEnhance
+
+from sae_lens_multimodal.autointerp.styles import RegionStyle
+from sae_lens_multimodal.errors import SelectionError
+from sae_lens_multimodal.types import Box
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+OUTLINE_COLOURS = ((255, 255, 255), (0, 0, 0))
+"""Outer and inner line: one of them stands out on any ground."""
+
+_CIVIDIS = np.array(
+    [
+        (0, 34, 78),
+        (18, 53, 112),
+        (59, 73, 108),
+        (87, 93, 109),
+        (112, 113, 115),
+        (138, 134, 120),
+        (165, 156, 116),
+        (195, 179, 105),
+        (225, 204, 85),
+        (254, 232, 56),
+    ],
+    dtype=np.float64,
+)
+"""The colour map cividis at ten even steps: it looks the same to people with and without colour blindness."""
+
+
+class HasBox(Protocol):
+    """What the drawing functions need to know of a region."""
+
+    @property
+    def box(self) -> Box:
+        """In pixels of the original picture."""
+
+    @property
+    def patch_pixels(self) -> float:
+        """Shorter side of a patch, in pixels of the picture."""
+
+
+def shown_box(region: HasBox, size: tuple[int, int], style: RegionStyle) -> tuple[int, int, int, int]:
+    """Give the whole pixels that a crop shows: the region and its margin, as far as the picture reaches."""
+    margin = region.patch_pixels / 2 if style.margin_pixels is None else style.margin_pixels
+    x0, y0, x1, y1 = region.box
+    # a box from float32 may lie a hair beyond a whole pixel
+    left, top = max(0, math.floor(x0 - margin + 1e-3)), max(0, math.floor(y0 - margin + 1e-3))
+    right, bottom = min(size[0], math.ceil(x1 + margin - 1e-3)), min(size[1], math.ceil(y1 + margin - 1e-3))
+    if right <= left or bottom <= top:
+        raise SelectionError(f"the box {tuple(region.box)} lies outside of a picture of {size[0]} x {size[1]} pixels.")
+    return left, top, right, bottom
+
+
+def crop(picture: Image.Image, region: HasBox, style: RegionStyle) -> Image.Image:
+    """Cut out a region with its margin; enlarge it if it is smaller than the style's least side.
+
+    Raises:
+        SelectionError: the region lies outside of the picture.
+    """
+    cut = picture.crop(shown_box(region, picture.size, style))
+    shorter = min(cut.size)
+    if shorter >= style.min_side_pixels:
+        return cut
+    scale = style.min_side_pixels / shorter
+    return cut.resize((round(cut.width * scale), round(cut.height * scale)), Image.Resampling.BICUBIC)
+
+
+def dim(picture: Image.Image, region: HasBox, style: RegionStyle) -> Image.Image:
+    """Darken everything but a region and its margin."""
+    box = shown_box(region, picture.size, style)
+    dimmed = ImageEnhance.Brightness(picture).enhance(style.dimmed_to)
+    dimmed.paste(picture.crop(box), box[:2])
+    return dimmed
+
+
+def outline(picture: Image.Image, region: HasBox, style: RegionStyle) -> Image.Image:
+    """Draw a box around a region and its margin, on a copy."""
+    drawn = picture.copy()
+    pen = ImageDraw.Draw(drawn)
+    x0, y0, x1, y1 = shown_box(region, picture.size, style)
+    width = max(1, round(min(picture.size) / 200))
+    for step, colour in enumerate(OUTLINE_COLOURS):
+        inset = step * width
+        if x1 - x0 > 2 * inset + width and y1 - y0 > 2 * inset + width:
+            pen.rectangle((x0 + inset, y0 + inset, x1 - 1 - inset, y1 - 1 - inset), outline=colour, width=width)
+    return drawn
+
+
+def mark(picture: Image.Image, region: HasBox, style: RegionStyle) -> Image.Image:
+    """Show a region in its picture: outlined, all else dimmed."""
+    return outline(dim(picture, region, style), region, style)
+
+
+def show(picture: Image.Image, region: HasBox, style: RegionStyle) -> list[Image.Image]:
+    """Show a region as the style says: one view, or the crop and then the marked picture."""
+    views = {"crop": (crop,), "marked": (mark,), "both": (crop, mark)}
+    return [draw(picture, region, style) for draw in views[style.view]]
+
+
+def colours(values: Float[np.ndarray, "h w"]) -> UInt8[np.ndarray, "h w 3"]:
+    """Map values from 0 to 1 to colours that do not depend on telling red from green.
+
+    Example:
+        >>> colours(np.array([[0.0, 1.0]])).tolist()
+        [[[0, 34, 78], [254, 232, 56]]]
+    """
+    places = np.clip(values, 0.0, 1.0) * (len(_CIVIDIS) - 1)
+    steps = np.arange(len(_CIVIDIS))
+    channels = [np.interp(places, steps, _CIVIDIS[:, channel]) for channel in range(3)]
+    return np.stack(channels, axis=-1).round().astype(np.uint8)
+
+
+def heat_overlay(
+    picture: Image.Image,
+    heat: Float[np.ndarray, "h w"],
+    *,
+    peak: float | None = None,
+    opacity: tuple[float, float] = (0.25, 0.75),
+) -> Image.Image:
+    """Lay a feature's activation over a picture in colour.
+
+    Args:
+        picture: RGB, as large as the heat map.
+        heat: activation of each pixel, as `Example.heatmap` gives it.
+        peak: activation that gets the brightest colour. None: the map's own maximum.
+        opacity: of the colour where the feature is silent, and where it is at its peak.
+
+    Raises:
+        SelectionError: picture and heat map differ in size.
+    """
+    if heat.shape != (picture.height, picture.width):
+        raise SelectionError(
+            f"the heat map is {heat.shape[1]} x {heat.shape[0]}, the picture {picture.width} x {picture.height}."
+        )
+    top = float(heat.max(initial=0.0)) if peak is None else peak
+    share = np.clip(heat / top, 0.0, 1.0) if top > 0 else np.zeros_like(heat)
+    alpha = (opacity[0] + (opacity[1] - opacity[0]) * share)[..., None]
+    mixed = (1 - alpha) * np.asarray(picture.convert("RGB"), dtype=np.float64) + alpha * colours(share)
+    return Image.fromarray(mixed.round().astype(np.uint8))
+
+
+def sheet(pictures: Sequence[Image.Image], *, columns: int, gap: int = 4) -> Image.Image:
+    """Put pictures into one, in rows, on white: for a quick look."""
+    cell_w, cell_h = max(p.width for p in pictures) + gap, max(p.height for p in pictures) + gap
+    rows = math.ceil(len(pictures) / columns)
+    board = Image.new("RGB", (cell_w * columns + gap, cell_h * rows + gap), (255, 255, 255))
+    for index, picture in enumerate(pictures):
+        board.paste(picture, (gap + index % columns * cell_w, gap + index // columns * cell_h))
+    return board

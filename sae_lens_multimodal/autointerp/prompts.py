@@ -1,0 +1,286 @@
+"""What is said to an explainer or judge, and how its replies are read: a book of phrases, and the general one."""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from PIL import Image
+
+from sae_lens_multimodal.autointerp.judges.base import JudgeRequest, Part
+from sae_lens_multimodal.autointerp.styles import RegionStyle, View
+from sae_lens_multimodal.errors import ConfigError
+
+
+class Meaning(NamedTuple):
+    """What an explainer's reply says."""
+
+    text: str
+    """The explanation; "" where the examples share nothing."""
+    label: str
+    """A few words for headings and tables."""
+
+    @property
+    def common(self) -> bool:
+        """Whether the explainer found anything that the examples share."""
+        return bool(self.text)
+
+
+class PromptBook(ABC):
+    """Phrases for every question, and parsers for the replies.
+
+    A question that the book has no words for is None; it is then counted as not asked. A reply that a parser does not
+    understand is None; it is then a typed failure. Parsers never guess.
+    """
+
+    @property
+    @abstractmethod
+    def version(self) -> str:
+        """Name and number of the phrasing; part of every request, recorded with every result."""
+
+    @property
+    @abstractmethod
+    def explain_style(self) -> RegionStyle:
+        """How the explainer sees a region."""
+
+    @property
+    @abstractmethod
+    def fuzz_style(self) -> RegionStyle:
+        """How the judge sees a region."""
+
+    @abstractmethod
+    def mark(self, tokens: Sequence[str], marked: Sequence[bool]) -> str:
+        """Write tokens as text in which some are marked.
+
+        Args:
+            tokens: the tokens as text.
+            marked: of each token, whether it is marked; none may be.
+        """
+
+    def markable(self, token: str) -> bool:
+        """Tell whether a token may be marked wrongly to test a judge; blanks and punctuation may not."""
+        return any(character.isalnum() for character in token)
+
+    @abstractmethod
+    def explain_images(
+        self, active: Sequence[Sequence[Image.Image]], silent: Sequence[Image.Image]
+    ) -> JudgeRequest | None:
+        """Ask what regions share.
+
+        Args:
+            active: the views of each region where the feature fires.
+            silent: regions where it does not.
+        """
+
+    @abstractmethod
+    def explain_texts(self, active: Sequence[str], silent: Sequence[str]) -> JudgeRequest | None:
+        """Ask what the marked words of texts share.
+
+        Args:
+            active: texts with the firing tokens marked.
+            silent: texts in which the feature does not fire.
+        """
+
+    @abstractmethod
+    def read_meaning(self, reply: str) -> Meaning | None:
+        """Read the reply to either question above."""
+
+    @abstractmethod
+    def detect_image(self, explanation: str, picture: Image.Image) -> JudgeRequest | None:
+        """Ask whether a picture has what the explanation says."""
+
+    @abstractmethod
+    def detect_text(self, explanation: str, text: str) -> JudgeRequest | None:
+        """Ask whether a text has what the explanation says."""
+
+    @abstractmethod
+    def fuzz_image(self, explanation: str, views: Sequence[Image.Image]) -> JudgeRequest | None:
+        """Ask whether the region shown is what the explanation says."""
+
+    @abstractmethod
+    def fuzz_text(self, explanation: str, text: str) -> JudgeRequest | None:
+        """Ask whether the marked words are what the explanation says."""
+
+    @abstractmethod
+    def read_verdict(self, reply: str) -> bool | None:
+        """Read a yes or no to any of the four questions above."""
+
+
+_SEEN_TO_EXPLAIN = RegionStyle(view="both", min_side_pixels=112)
+_SEEN_TO_JUDGE = RegionStyle(view="crop", min_side_pixels=112)
+_VERDICT = 'Answer with one JSON object and nothing else: {"answer": "yes"} or {"answer": "no"}.'
+_MEANING = (
+    'Answer with one JSON object and nothing else: {"common": true or false, "explanation": "one sentence", '
+    '"label": "at most four words"}. Where they share nothing that you can name, "common" is false and the others are '
+    "empty: that is a good answer, an invented one is not."
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GeneralPrompts(PromptBook):
+    """Phrases for vision-language models that follow instructions and can write JSON."""
+
+    explain_style: RegionStyle = _SEEN_TO_EXPLAIN
+    """How the explainer sees a region."""
+    fuzz_style: RegionStyle = _SEEN_TO_JUDGE
+    """How the judge sees a region. A crop does not give its place away."""
+    meaning_tokens: int = 200
+    """The longest explanation, in tokens, with its JSON."""
+    verdict_tokens: int = 24
+    """The longest verdict, in tokens, with its JSON."""
+    marks: tuple[str, str] = ("<<", ">>")
+    """What stands before and after a marked stretch of text."""
+
+    def __post_init__(self) -> None:
+        """Check the settings."""
+        if min(self.meaning_tokens, self.verdict_tokens) < 1:
+            raise ConfigError(
+                f"meaning_tokens={self.meaning_tokens}, verdict_tokens={self.verdict_tokens}; each must be at least 1."
+            )
+
+    @property
+    def version(self) -> str:
+        """Changes with every change of a phrase."""
+        return f"general-1 {self.explain_style.spelt} {self.fuzz_style.spelt} {' '.join(self.marks)}"
+
+    def mark(self, tokens: Sequence[str], marked: Sequence[bool]) -> str:
+        """Put the marks around every stretch of marked tokens; tokens carry their own blanks."""
+        return mark_stretches(tokens, marked, before=self.marks[0], after=self.marks[1])
+
+    def explain_images(self, active: Sequence[Sequence[Image.Image]], silent: Sequence[Image.Image]) -> JudgeRequest:
+        """Show the regions numbered, first the active, then the silent ones."""
+        parts: list[Part] = [
+            "An inner unit of a vision model fires on certain regions of pictures. Find out what it stands for."
+        ]
+        for number, views in enumerate(active, start=1):
+            parts += [f"Region {number}, on which it fires{_explained(self.explain_style.view)}:", *views]
+        for number, view in enumerate(silent, start=1):
+            parts += [f"Silent region {number}, on which it does not fire:", view]
+        parts.append(f"What do the regions on which it fires share, and the silent ones lack? {_MEANING}")
+        return self._request(parts, self.meaning_tokens)
+
+    def explain_texts(self, active: Sequence[str], silent: Sequence[str]) -> JudgeRequest:
+        """Show the texts numbered, first the active, then the silent ones."""
+        before, after = self.marks
+        parts: list[Part] = [
+            f"An inner unit of a language model fires on the words between {before} and {after}. "
+            "Find out what it stands for."
+        ]
+        parts += [f"Text {number}: {text}" for number, text in enumerate(active, start=1)]
+        parts += [f"Silent text {number}, on which it does not fire: {text}" for number, text in enumerate(silent, 1)]
+        parts.append(f"What do the marked words, or the places where they stand, share? {_MEANING}")
+        return self._request(parts, self.meaning_tokens)
+
+    def read_meaning(self, reply: str) -> Meaning | None:
+        """Read the JSON object; its three fields must have the right types and agree."""
+        found = json_object(reply)
+        if found is None or not isinstance(found.get("common"), bool):
+            return None
+        text, label = found.get("explanation", ""), found.get("label", "")
+        if not isinstance(text, str) or not isinstance(label, str):
+            return None
+        text = " ".join(text.split())
+        if not found["common"]:
+            return Meaning("", "")
+        return Meaning(text, " ".join(label.split()) or short_label(text)) if text else None
+
+    def detect_image(self, explanation: str, picture: Image.Image) -> JudgeRequest:
+        """Ask about one whole picture."""
+        question = f"Description: {explanation}\nIs there anything in the picture that fits the description? {_VERDICT}"
+        return self._request([picture, question], self.verdict_tokens)
+
+    def detect_text(self, explanation: str, text: str) -> JudgeRequest:
+        """Ask about one text."""
+        question = f"Description: {explanation}\nIs there anything in the text that fits the description? {_VERDICT}"
+        return self._request([f"Text: {text}", question], self.verdict_tokens)
+
+    def fuzz_image(self, explanation: str, views: Sequence[Image.Image]) -> JudgeRequest:
+        """Ask about one region."""
+        question = (
+            f"This is a region of a picture{_explained(self.fuzz_style.view)}. Description: {explanation}\n"
+            f"Does the region show what the description says? {_VERDICT}"
+        )
+        return self._request([*views, question], self.verdict_tokens)
+
+    def fuzz_text(self, explanation: str, text: str) -> JudgeRequest:
+        """Ask about the marked words of one text."""
+        before, after = self.marks
+        question = (
+            f"Description: {explanation}\nDo the words between {before} and {after} fit the description, rather than "
+            f"other words of the text? {_VERDICT}"
+        )
+        return self._request([f"Text: {text}", question], self.verdict_tokens)
+
+    def read_verdict(self, reply: str) -> bool | None:
+        """Read the JSON object, or a bare yes or no."""
+        found = json_object(reply)
+        answer = reply if found is None else found.get("answer")
+        if isinstance(answer, bool):
+            return answer
+        bare = answer.strip(" \n.!\"'").casefold() if isinstance(answer, str) else ""
+        return {"yes": True, "no": False}.get(bare)
+
+    def _request(self, parts: Sequence[Part], max_new_tokens: int) -> JudgeRequest:
+        return JudgeRequest(parts=tuple(parts), max_new_tokens=max_new_tokens, prompt_version=self.version)
+
+
+def _explained(view: View) -> str:
+    """Say how a region is shown."""
+    if view == "crop":
+        return " (cut out)"
+    outlined = "outlined in its picture, all else dimmed"
+    return f" ({outlined})" if view == "marked" else f" (cut out, then {outlined})"
+
+
+def mark_stretches(tokens: Sequence[str], marked: Sequence[bool], *, before: str, after: str, between: str = "") -> str:
+    """Write tokens with marks around every stretch of marked ones; blanks at a stretch's start stay outside.
+
+    Example:
+        >>> mark_stretches(["a", " red", " circle"], [False, True, False], before="<<", after=">>")
+        'a <<red>> circle'
+    """
+    pieces: list[str] = []
+    inside = False
+    for token, is_marked in zip(tokens, marked, strict=True):
+        text = token
+        if is_marked and not inside:
+            bare = token.lstrip()
+            text = token[: len(token) - len(bare)] + before + bare
+        elif inside and not is_marked:
+            pieces[-1] += after
+        pieces.append(text)
+        inside = is_marked
+    if inside:
+        pieces[-1] += after
+    return between.join(pieces)
+
+
+def json_object(reply: str) -> dict[str, object] | None:
+    """Read the one JSON object of a reply, with or without words or a code fence around it.
+
+    Example:
+        >>> json_object('Sure: {"answer": "no"}'), json_object("no"), json_object('{"a": 1} {"a": 2}')
+        ({'answer': 'no'}, None, None)
+    """
+    start = reply.find("{")
+    if start < 0:
+        return None
+    try:
+        found, end = json.JSONDecoder().raw_decode(reply, start)
+    except json.JSONDecodeError:
+        return None
+    return found if isinstance(found, dict) and "{" not in reply[end:] else None
+
+
+def short_label(text: str, n_words: int = 4) -> str:
+    """Take the first words of an explanation as its label.
+
+    Example:
+        >>> short_label("The wheels of cars and bicycles.")
+        'The wheels of cars …'
+    """
+    words = text.rstrip(".").split()
+    return " ".join(words) if len(words) <= n_words else " ".join(words[:n_words]) + " …"

@@ -1,0 +1,12 @@
+"""Scorers: ways to test an explanation on examples that the explainer never saw."""
+
+from __future__ import annotations
+
+from sae_lens_multimodal.autointerp.scorers.base import Item, Sampling, Scorer
+from sae_lens_multimodal.autointerp.scorers.detection import DetectionScorer
+from sae_lens_multimodal.autointerp.scorers.fuzzing import FuzzingScorer
+
+SCORERS: dict[str, Scorer] = {scorer.name: scorer for scorer in (DetectionScorer(), FuzzingScorer())}
+"""Every scorer by name; this is the one place that lists them."""
+
+__all__ = ["SCORERS", "DetectionScorer", "FuzzingScorer", "Item", "Sampling", "Scorer"]

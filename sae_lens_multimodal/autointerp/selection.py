@@ -1,0 +1,145 @@
+"""Which examples the explainer sees and which ones are kept for scoring: never the same prompt or picture."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from sae_lens_multimodal.errors import SelectionError
+
+if TYPE_CHECKING:
+    from sae_lens_multimodal.features.example import Example
+    from sae_lens_multimodal.features.schema import ModalityName
+    from sae_lens_multimodal.features.store import FeatureStore
+
+
+def choose_modality(store: FeatureStore, feature: int) -> ModalityName | None:
+    """Choose where a feature is explained from: the modality on whose tokens it fires more, on the average.
+
+    Returns:
+        None for a feature that has no example.
+    """
+    statistics = store.statistics_of(feature)
+    image, text = statistics["mean_image"] or 0.0, statistics["mean_text"] or 0.0
+    if image <= 0 and text <= 0:
+        return None
+    return "image" if image >= text else "text"
+
+
+def distinct(examples: Iterable[Example], *, prompts: set[int], images: set[str]) -> list[Example]:
+    """Keep examples that share no prompt and no picture with each other, nor with what is given.
+
+    Args:
+        examples: in order of preference.
+        prompts: prompt ids that are taken.
+        images: content names of pictures that are taken.
+    """
+    prompts, images = set(prompts), set(images)
+    kept = []
+    for example in examples:
+        if example.prompt_id in prompts or not images.isdisjoint(example.image_ids):
+            continue
+        kept.append(example)
+        prompts.add(example.prompt_id)
+        images.update(example.image_ids)
+    return kept
+
+
+def shown_to_explainer(store: FeatureStore, feature: int, modality: ModalityName, n_examples: int) -> list[Example]:
+    """Take the strongest examples of one modality, all of different prompts and pictures.
+
+    At most half of a feature's examples are taken, so that some are left to score with.
+    """
+    top = distinct(_fires(store.examples(feature, "top", modality), modality), prompts=set(), images=set())
+    spare = distinct(
+        _fires(store.examples(feature, "ordinary", modality), modality),
+        prompts={example.prompt_id for example in top},
+        images={image for example in top for image in example.image_ids},
+    )
+    return top[: min(n_examples, max(1, (len(top) + len(spare)) // 2))]
+
+
+def silent_for_explainer(
+    store: FeatureStore, feature: int, modality: ModalityName, n_examples: int, shown: Sequence[Example]
+) -> list[Example]:
+    """Take silent examples that share nothing with those shown; at most half of those there are."""
+    silent = distinct(
+        store.examples(feature, "silent", modality),
+        prompts={example.prompt_id for example in shown},
+        images={image for example in shown for image in example.image_ids},
+    )
+    return silent[: min(n_examples, len(silent) // 2)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOut:
+    """Examples of one feature that its explainer never saw."""
+
+    feature: int
+    modality: ModalityName
+    firing: list[Example]
+    """Of the top and the ordinary lists, in random order."""
+    silent: list[Example]
+    """In random order."""
+
+
+def held_out(
+    store: FeatureStore,
+    feature: int,
+    modality: ModalityName,
+    *,
+    prompts: Iterable[int],
+    images: Iterable[str],
+    rng: np.random.Generator,
+) -> HeldOut:
+    """Collect the examples of one modality that share no prompt and no picture with those shown to the explainer.
+
+    Args:
+        store: the feature store.
+        feature: which feature.
+        modality: which lists.
+        prompts: prompt ids shown to the explainer.
+        images: content names of all pictures of those prompts.
+        rng: source of the order.
+    """
+    taken_prompts, taken_images = set(prompts), set(images)
+    firing = [*store.examples(feature, "top", modality), *store.examples(feature, "ordinary", modality)]
+    kept = distinct(_fires(firing, modality), prompts=taken_prompts, images=taken_images)
+    silent = distinct(
+        store.examples(feature, "silent", modality),
+        prompts=taken_prompts | {example.prompt_id for example in kept},
+        images=taken_images | {image for example in kept for image in example.image_ids},
+    )
+    found = HeldOut(
+        feature=feature,
+        modality=modality,
+        firing=[kept[index] for index in rng.permutation(len(kept))],
+        silent=[silent[index] for index in rng.permutation(len(silent))],
+    )
+    check_disjoint([*found.firing, *found.silent], prompts=taken_prompts, images=taken_images)
+    return found
+
+
+def check_disjoint(examples: Sequence[Example], *, prompts: Iterable[int], images: Iterable[str]) -> None:
+    """Check that no example was shown to the explainer.
+
+    Raises:
+        SelectionError: one shares a prompt or a picture with what was shown.
+    """
+    seen_prompts, seen_images = set(prompts), set(images)
+    for example in examples:
+        shared = seen_images.intersection(example.image_ids)
+        if example.prompt_id in seen_prompts or shared:
+            what = f"picture {min(shared)}" if shared else "it"
+            raise SelectionError(
+                f"feature {example.feature} would be scored on prompt {example.prompt_id}, but the explainer saw "
+                f"{what}; scores need examples that it never saw."
+            )
+
+
+def _fires(examples: Iterable[Example], modality: ModalityName) -> list[Example]:
+    """Keep examples in which the feature fires on tokens of the modality."""
+    return [e for e in examples if (e.max_image if modality == "image" else e.max_text) > 0]

@@ -1,0 +1,43 @@
+"""How a region of a picture is shown to a judge."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from sae_lens_multimodal.errors import ConfigError
+
+View: TypeAlias = Literal["crop", "marked", "both"]
+"""Cut out with a margin; in its picture, outlined and all else dimmed; or one after the other."""
+
+VIEWS: tuple[View, ...] = ("crop", "marked", "both")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegionStyle:
+    """How a region of a picture is shown."""
+
+    view: View = "crop"
+    margin_pixels: float | None = None
+    """What a crop shows around the region on every side, in pixels of the picture. None: half a patch."""
+    min_side_pixels: int = 0
+    """A crop with a shorter side is enlarged to this, never widened: it shows the same part of the picture."""
+    dimmed_to: float = 0.35
+    """Brightness that is left outside of the region, from 0 (black) to 1 (as it was)."""
+
+    def __post_init__(self) -> None:
+        """Check the settings."""
+        if self.view not in VIEWS:
+            raise ConfigError(f"view is {self.view!r}; expected one of {', '.join(VIEWS)}.")
+        if self.min_side_pixels < 0 or (self.margin_pixels is not None and self.margin_pixels < 0):
+            raise ConfigError(
+                f"margin_pixels={self.margin_pixels}, min_side_pixels={self.min_side_pixels}; neither may be negative."
+            )
+        if not 0 <= self.dimmed_to <= 1:
+            raise ConfigError(f"dimmed_to is {self.dimmed_to}; expected a share from 0 to 1.")
+
+    @property
+    def spelt(self) -> str:
+        """The settings in a few characters, for prompt versions."""
+        margin = "half" if self.margin_pixels is None else f"{self.margin_pixels:g}"
+        return f"{self.view}/{margin}/{self.min_side_pixels}/{self.dimmed_to:g}"

@@ -1,0 +1,1 @@
+"""The whole line on the embedded model: train, harvest, explain, score, steer, report."""

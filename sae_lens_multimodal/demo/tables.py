@@ -1,0 +1,108 @@
+"""The demo's numbers as tables, for the terminal and for the report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sae_lens_multimodal.report.records import Cell, SummaryTable
+
+
+def summary_tables(metrics: Mapping[str, Any]) -> list[SummaryTable]:
+    """Arrange the metrics of a demo in small tables."""
+    return [
+        _reconstruction(metrics["reconstruction"]),
+        _truth(metrics["truth"]),
+        _naming(metrics["naming"]),
+        _scores(metrics["scores"]),
+        _steering(metrics["steering"]),
+    ]
+
+
+def metric_lines(metrics: Mapping[str, Any]) -> list[str]:
+    """Write the tables as lines of plain text."""
+    lines: list[str] = []
+    for table in summary_tables(metrics):
+        rows = [table.columns, *([_text(cell) for cell in row] for row in table.rows)]
+        widths = [max(len(row[column]) for row in rows) for column in range(len(table.columns))]
+        lines += [table.caption]
+        lines += ["  " + "  ".join(_padded(row, widths)) for row in rows]
+        lines += [""]
+    return [*lines, f"seconds: {sum(metrics['seconds'].values()):.0f} in all"]
+
+
+def _padded(row: Sequence[str], widths: Sequence[int]) -> list[str]:
+    first, *rest = zip(row, widths, strict=True)
+    return [first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in rest)]
+
+
+def _text(cell: Cell) -> str:
+    if cell is None:
+        return "-"
+    return f"{cell:.3f}" if isinstance(cell, float) else str(cell)
+
+
+def _reconstruction(found: Mapping[str, Any]) -> SummaryTable:
+    columns = ("explained_variance", "l0", "dead_share", "n_tokens")
+    return SummaryTable(
+        caption="Reconstruction, by modality",
+        columns=("tokens", "explained variance", "L0", "dead", "measured"),
+        rows=[(name, *(found[name][column] for column in columns)) for name in ("image", "text")],
+        note="Measured on scenes that were not trained on; dead: share of all features that never fire there.",
+    )
+
+
+def _truth(found: Mapping[str, Any]) -> SummaryTable:
+    kinds = ("colour", "shape", "texture", "glyph")
+    return SummaryTable(
+        caption=f"Best feature against the known truth ({found['clear']} of {found['live']} live features are clear)",
+        columns=("average precision on", *kinds),
+        rows=[(name, *(best[kind] for kind in kinds)) for name, best in found["best_precision"].items()],
+        note="Image: against pixel masks. Text: against the words that name the attribute. Clear: at least 0.5.",
+    )
+
+
+def _naming(found: Mapping[str, Any]) -> SummaryTable:
+    return SummaryTable(
+        caption="Explanations that name the right attribute",
+        columns=("features", "explained", "clear", "right", "shuffled"),
+        rows=[("all", found["explained"], found["clear"], found["right"], found["shuffled"])],
+        note="Shares of the clear features; shuffled: the same with another feature's explanation.",
+    )
+
+
+def _scores(found: Sequence[Mapping[str, Any]]) -> SummaryTable:
+    return SummaryTable(
+        caption="Judged explanations (balanced accuracy, chance 0.5)",
+        columns=("test", "features", "score", "shuffled", "lift", "95% interval", "unanswered"),
+        rows=[
+            (
+                f"{one['scorer']}, {one['modality']}",
+                one["n_scored"],
+                _mean(one["balanced_accuracy"]),
+                _mean(one["control_balanced_accuracy"]),
+                _mean(one["lift"]),
+                _interval(one["lift"]),
+                one["n_failed"],
+            )
+            for one in found
+        ],
+        note="On examples that the explainer never saw. Lift: above the same test with another feature's explanation.",
+    )
+
+
+def _mean(interval: Mapping[str, float] | None) -> float | None:
+    return None if interval is None else interval["mean"]
+
+
+def _interval(interval: Mapping[str, float] | None) -> str:
+    return "-" if interval is None else f"{interval['low']:.2f} to {interval['high']:.2f}"
+
+
+def _steering(found: Mapping[str, Any]) -> SummaryTable:
+    return SummaryTable(
+        caption=f"Steering: the feature of an attribute raised on one of two objects ({found['features']} features)",
+        columns=("answers", "cases", "steered", "random feature", "others kept"),
+        rows=[("colour and shape", found["cases"], found["success"], found["random_feature"], found["others_kept"])],
+        note="Steered: the answer about that object becomes the attribute. Others kept: about the other one.",
+    )

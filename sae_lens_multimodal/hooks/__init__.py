@@ -1,0 +1,1 @@
+"""Reading hooks, using SAEs on them, and steering, as ordinary nnsight interventions."""

@@ -1,0 +1,249 @@
+"""Which tokens of which forward pass an intervention is about, worked out from the model's own inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias, assert_never, cast, get_args
+
+import torch
+from jaxtyping import Bool, Int
+from PIL import Image
+from torch import Tensor
+
+from sae_lens_multimodal.adapters.encode import build_layout, special_ids
+from sae_lens_multimodal.adapters.family import Family
+from sae_lens_multimodal.adapters.layout import TokenLayout
+from sae_lens_multimodal.adapters.model import VisionLanguageModel
+from sae_lens_multimodal.errors import LayoutError, SelectionError
+
+TokenName: TypeAlias = Literal["all", "image", "text", "last"]
+"""`all` but padding; `image` patches; ordinary `text`; the `last` token of each row that is not padding."""
+
+StepName: TypeAlias = Literal["all", "prefill", "decoding"]
+"""Every forward pass; the first, over the prompt; those after it, over generated tokens."""
+
+LayoutMask: TypeAlias = Callable[[TokenLayout], Bool[Tensor, "batch seq"]]
+"""A function from the layout of a forward pass to the positions meant."""
+
+Tokens: TypeAlias = "TokenName | Bool[Tensor, 'batch seq'] | Bool[Tensor, ' seq'] | Int[Tensor, ' n'] | Sequence[int] | LayoutMask"
+"""A choice of tokens: by name, by mask, by position in the row, or by a function of the layout."""
+
+
+@dataclass(frozen=True)
+class ForwardPass:
+    """One forward pass of a run, as far as it tells where the pictures are."""
+
+    inputs: Mapping[str, Any]
+    """The model's inputs in this pass."""
+    step: int
+    """0 for the pass over the prompt, then one for each generated token."""
+    picture_sizes: Sequence[tuple[int, int]] = ()
+    """(width, height) of all pictures of the run, prompt by prompt."""
+    n_prompts: int = 0
+    """Prompts of the run; the pass has several rows for each where beams or samples share one. 0: as many as rows."""
+
+    @classmethod
+    def current(cls, model: VisionLanguageModel, step: int) -> ForwardPass:
+        """Wait, within a trace or an edit, for the model's next forward pass.
+
+        `generate` runs the vision tower by itself and does not tell the model how large the pictures are, so that is
+        taken from what the run was given.
+        """
+        given = [{**_mapping(args), **kwargs} for args, kwargs in model.interleaver.batcher.invokes]
+        sizes = [
+            (int(width), int(height))
+            for one in given
+            if one.get("image_sizes") is not None
+            for height, width in torch.as_tensor(one["image_sizes"]).tolist()
+        ]
+        _, inputs = model.inputs
+        return cls(inputs=inputs, step=step, picture_sizes=sizes, n_prompts=model.interleaver.batcher.total)
+
+
+def _mapping(args: Sequence[Any]) -> Mapping[str, Any]:
+    return args[0] if args and isinstance(args[0], Mapping) else {}
+
+
+@dataclass(frozen=True)
+class TokenSelection:
+    """A checked choice of tokens and steps."""
+
+    tokens: TokenName | Tensor | LayoutMask
+    """As chosen; positions and masks as tensors."""
+    steps: StepName
+    """As chosen."""
+    family: Family
+    """Knows which tokens are pictures'."""
+
+    @classmethod
+    def check(cls, tokens: Tokens, steps: StepName, family: Family) -> TokenSelection:
+        """Check a choice as far as it can be without a prompt.
+
+        Raises:
+            SelectionError: it is none of the known kinds, or can select nothing.
+        """
+        if steps not in get_args(StepName):
+            raise SelectionError(f"Got steps={steps!r}; expected one of {', '.join(get_args(StepName))}.")
+        if isinstance(tokens, str):
+            if tokens not in get_args(TokenName):
+                raise SelectionError(
+                    f"Got tokens={tokens!r}; expected one of {', '.join(get_args(TokenName))}, a mask, positions or a "
+                    "function of the layout."
+                )
+            if tokens == "image" and steps == "decoding":
+                raise SelectionError("Got tokens='image' with steps='decoding'; generated tokens are never picture's.")
+            return cls(tokens, steps, family)
+        if callable(tokens):
+            return cls(tokens, steps, family)
+        return cls(_as_tensor(tokens, steps), steps, family)
+
+    def mask(self, forward: ForwardPass) -> Bool[Tensor, "batch seq"] | None:
+        """Return the chosen positions of one forward pass; None where it has none.
+
+        Raises:
+            SelectionError: the choice does not fit this pass.
+        """
+        prefill = forward.step == 0
+        if (self.steps == "prefill" and not prefill) or (self.steps == "decoding" and prefill):
+            return None
+        if isinstance(self.tokens, Tensor):
+            return _fitted(self.tokens, forward) if prefill else None
+        if callable(self.tokens):
+            return _checked_mask(self.tokens(layout_of(self.family, forward)), forward)
+        match self.tokens:
+            case "all":
+                return _attention(forward) != 0
+            case "last":
+                return _last(_attention(forward) != 0)
+            case "image":
+                return layout_of(self.family, forward).is_image if prefill else None
+            case "text":
+                return layout_of(self.family, forward).is_text
+            case _:
+                assert_never(self.tokens)
+
+
+def layout_of(family: Family, forward: ForwardPass) -> TokenLayout:
+    """Work out the layout of a forward pass, which does not know the batch it was encoded as.
+
+    Raises:
+        SelectionError: the pass has no token ids, or the pictures' sizes are not known.
+    """
+    ids = forward.inputs.get("input_ids")
+    if ids is None:
+        raise SelectionError(
+            "The model was given embeddings instead of token ids, which do not tell images from text; give a mask."
+        )
+    if forward.step:
+        # A placeholder that the model itself generates stands for no picture: it is a control token like others.
+        control = special_ids(family.processor.tokenizer)[0]
+        return build_layout(
+            family, ids.masked_fill(ids == family.image_token_id, control), _attention(forward), [[]] * len(ids)
+        )
+    copies = len(ids) // forward.n_prompts if forward.n_prompts else 1
+    counts = (ids[::copies] == family.image_token_id).sum(-1).tolist()
+    pictures = [one for one in _share_out(family, counts, list(forward.picture_sizes)) for _ in range(copies)]
+    try:
+        return build_layout(family, ids, _attention(forward), cast("list[list[Image.Image]]", pictures))
+    except LayoutError as error:
+        raise SelectionError(f"It is not clear where the images are ({error}); choose tokens by a mask.") from error
+
+
+def _share_out(family: Family, counts: Sequence[int], sizes: list[tuple[int, int]]) -> list[list[_Sized]]:
+    """Give each row the pictures that its number of image tokens calls for."""
+    rows: list[list[_Sized]] = []
+    for row, count in enumerate(counts):
+        rows.append([])
+        while count > 0:
+            if not sizes:
+                raise SelectionError(
+                    f"Row {row} has image tokens for which the run was given no picture sizes; choose tokens by a "
+                    "mask, such as tokens=batch.layout.is_image."
+                )
+            rows[-1].append(_Sized(sizes.pop(0)))
+            count -= len(family.image_tokens(*rows[-1][-1].size))
+    return rows
+
+
+@dataclass(frozen=True)
+class _Sized:
+    """All that the layout needs of a picture."""
+
+    size: tuple[int, int]
+
+
+def _as_tensor(tokens: Tensor | Sequence[int], steps: StepName) -> Tensor:
+    try:
+        chosen = torch.as_tensor(tokens)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise SelectionError(
+            f"Got tokens of type {type(tokens).__name__}; expected a name, a mask, positions or a function."
+        ) from error
+    if not chosen.numel() or (chosen.dtype == torch.bool and not chosen.any()):
+        raise SelectionError("Got tokens that select nothing; expected at least one position.")
+    if chosen.dtype != torch.bool and (chosen.is_floating_point() or chosen.is_complex() or chosen.dim() != 1):
+        raise SelectionError(
+            f"Got tokens of type {chosen.dtype} and shape {tuple(chosen.shape)}; expected a mask of bool, or positions "
+            "as a list of integers."
+        )
+    if chosen.dtype == torch.bool and chosen.dim() not in (1, 2):
+        raise SelectionError(f"Got a mask of shape {tuple(chosen.shape)}; expected [batch, seq] or [seq].")
+    if steps == "decoding":
+        raise SelectionError(
+            "Got a mask or positions with steps='decoding'; they are about the prompt. Use steps='prefill'."
+        )
+    return chosen
+
+
+def _fitted(tokens: Tensor, forward: ForwardPass) -> Tensor:
+    """Bring a mask or positions to the prompt's shape."""
+    rows, length = _shape(forward)
+    if tokens.dtype == torch.bool:
+        whole = tokens if tokens.dim() == 2 else tokens.expand(rows, -1)
+        return _checked_mask(_repeated(whole, rows), forward)
+    outside = (tokens >= length) | (tokens < -length)
+    if bool(outside.any()):
+        raise SelectionError(
+            f"Got position {int(tokens[outside][0])}; the prompt has {length} tokens, so expected {-length} to {length - 1}."
+        )
+    mask = torch.zeros(rows, length, dtype=torch.bool)
+    mask[:, tokens.long().cpu()] = True
+    return mask
+
+
+def _checked_mask(mask: object, forward: ForwardPass) -> Tensor:
+    shape = _shape(forward)
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or tuple(mask.shape) != shape:
+        got = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+        raise SelectionError(f"Got a mask of {got} for a forward pass of {shape[0]} rows of {shape[1]} tokens.")
+    return mask
+
+
+def _repeated(mask: Tensor, rows: int) -> Tensor:
+    """Repeat each prompt's mask for its beams or samples, which lie side by side."""
+    copies = rows // len(mask) if rows % len(mask) == 0 else 1
+    return mask.repeat_interleave(copies, dim=0)
+
+
+def _shape(forward: ForwardPass) -> tuple[int, int]:
+    for name in ("input_ids", "inputs_embeds"):
+        tokens = forward.inputs.get(name)
+        if tokens is not None:
+            return int(tokens.shape[0]), int(tokens.shape[1])
+    raise SelectionError(f"The model was given {', '.join(forward.inputs)}; expected input_ids or inputs_embeds.")
+
+
+def _attention(forward: ForwardPass) -> Tensor:
+    """The attention mask of the tokens of this pass; while decoding the model's covers those before as well."""
+    shape = _shape(forward)
+    mask = forward.inputs.get("attention_mask")
+    if mask is None or mask.dim() != 2:
+        return torch.ones(shape, dtype=torch.long)
+    return torch.as_tensor(mask[:, -shape[1] :]).cpu()
+
+
+def _last(attended: Tensor) -> Tensor:
+    """The last attended position of each row."""
+    following = attended.flip(-1).cumsum(-1).flip(-1)
+    return attended & (following == 1)

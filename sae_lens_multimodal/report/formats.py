@@ -1,0 +1,116 @@
+"""How numbers and tokens are spelled for a reader: pure functions, used as filters by the templates."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+DASH = "–"
+_VISIBLE = {"\n": "↵", "\t": "⇥", "\r": "␍"}
+
+
+def share(value: float | None) -> str:
+    """Spell a share as a percentage with about two significant digits.
+
+    Example:
+        >>> share(0.5), share(0.0123), share(0.00004), share(0), share(None)
+        ('50 %', '1.2 %', '0.004 %', '0 %', '–')
+    """
+    if value is None or not math.isfinite(value):
+        return DASH
+    percent = 100 * value
+    if percent == 0 or percent >= 9.95:
+        return f"{percent:.0f} %"
+    digits = min(6, max(1, 1 - math.floor(math.log10(percent))))
+    text = f"{percent:.{digits}f}"
+    return f"{text.rstrip('0').rstrip('.')} %"
+
+
+def number(value: float | None) -> str:
+    """Spell a measured number with three significant digits.
+
+    Example:
+        >>> number(12.3456), number(0.5), number(1234.2), number(3), number(None)
+        ('12.3', '0.5', '1\u2009234', '3', '–')
+    """
+    if value is None or not math.isfinite(value):
+        return DASH
+    if abs(value) >= 1000:
+        return count(round(value))
+    text = f"{value:.3g}"
+    return text if "e" not in text else f"{value:.1e}"
+
+
+def count(value: int | None) -> str:
+    """Spell a whole number with thin gaps between thousands.
+
+    Example:
+        >>> count(1234567).replace(chr(0x2009), "'")
+        "1'234'567"
+    """
+    return DASH if value is None else f"{value:,}".replace(",", "\u2009")
+
+
+def score(value: float | None) -> str:
+    """Spell a score between 0 and 1 with two decimals and no leading zero.
+
+    Example:
+        >>> score(0.873), score(1.0), score(-0.05), score(None)
+        ('.87', '1.00', '−.05', '–')
+    """
+    if value is None or not math.isfinite(value):
+        return DASH
+    text = f"{abs(value):.2f}"
+    text = text[1:] if text.startswith("0") else text
+    return f"−{text}" if value < 0 and text != ".00" else text
+
+
+def cells(row: Sequence[str | int | float | None]) -> tuple[str, ...]:
+    """Spell a row of a table; its measured numbers get equally many decimals.
+
+    Example:
+        >>> cells(["fuzzing", 0.81, 0.3, None]), cells(["dead", 12, 1200.0]), cells([True])
+        (('fuzzing', '0.81', '0.30', '–'), ('dead', '12', '1\u2009200'), ('yes',))
+    """
+    measured = [value for value in row if isinstance(value, float) and math.isfinite(value) and abs(value) < 1000]
+    decimals = max((_decimals(value) for value in measured), default=0)
+    return tuple(_cell(value, decimals) for value in row)
+
+
+def _decimals(value: float) -> int:
+    text = number(value)
+    return len(text.partition(".")[2]) if "e" not in text else 0
+
+
+def _cell(value: str | int | float | None, decimals: int) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, str):
+        return value
+    if isinstance(value, int):
+        return count(value)
+    if value is None or not math.isfinite(value) or abs(value) >= 1000 or "e" in number(value):
+        return number(value)
+    return f"{value:.{decimals}f}"
+
+
+def visible(text: str) -> str:
+    """Make line ends and tabs of a token visible.
+
+    Example:
+        >>> visible("a" + chr(10))
+        'a↵'
+    """
+    for raw, mark in _VISIBLE.items():
+        text = text.replace(raw, mark)
+    return text
+
+
+def plural(n: int, one: str, many: str | None = None) -> str:
+    """Spell a count with its noun.
+
+    Example:
+        >>> plural(1, "prompt"), plural(3, "prompt"), plural(2, "answer was", "answers were")
+        ('1 prompt', '3 prompts', '2 answers were')
+    """
+    return f"{count(n)} {one if n == 1 else many or one + 's'}"

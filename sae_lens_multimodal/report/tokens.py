@@ -1,0 +1,119 @@
+"""From a row of tokens to what a reader sees: text with levels, one chip for each picture, long silence left out."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from sae_lens_multimodal.report.formats import visible
+from sae_lens_multimodal.report.view import SpanView, TokenView
+from sae_lens_multimodal.types import Modality
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+MAX_TOKENS = 120
+"""Tokens of text shown around the largest activation."""
+
+
+def token_views(
+    tokens: Sequence[str],
+    image_values: Float[np.ndarray, " seq"],
+    text_values: Float[np.ndarray, " seq"],
+    modality: Int[np.ndarray, " seq"],
+    image_index: Int[np.ndarray, " seq"],
+    *,
+    image_scale: float,
+    text_scale: float,
+    max_tokens: int = MAX_TOKENS,
+) -> tuple[TokenView, ...]:
+    """Make a prompt readable.
+
+    Args:
+        tokens: what each token says.
+        image_values: activation at each image token, 0 elsewhere.
+        text_values: activation at each token of text, 0 elsewhere.
+        modality: values of Modality.
+        image_index: the picture each token belongs to, -1 where none.
+        image_scale: the activation on image tokens that counts as level 1.
+        text_scale: the same for text.
+        max_tokens: longer prompts are cut around the strongest token of text.
+
+    Returns:
+        Tokens in order; all of one picture's are one entry, padding is left out.
+    """
+    views: list[TokenView] = []
+    open_picture = -1
+    for token, lit, said, kind, picture in zip(tokens, image_values, text_values, modality, image_index, strict=True):
+        if kind in (Modality.IMAGE, Modality.NEWLINE):
+            if views and views[-1].kind == "picture" and picture in (open_picture, -1):
+                views[-1] = _token(views[-1].text, "picture", max(views[-1].value, float(lit)), image_scale)
+            else:
+                open_picture = int(picture)
+                views.append(_token(f"picture {max(open_picture, 0) + 1}", "picture", float(lit), image_scale))
+        elif kind != Modality.PADDING:
+            name = "special" if kind == Modality.SPECIAL else "text"
+            views.append(_token(visible(token), name, float(said), text_scale))
+    return _window(views, max_tokens)
+
+
+def snippet(views: Sequence[TokenView], *, reach: int = 6) -> tuple[str, str, str]:
+    """Return the strongest token of text, with what stands before and after it.
+
+    Example:
+        >>> words = [TokenView(text=t, kind="text", value=v, level=v) for t, v in ((" a", 0), (" red", 1), (" dot", 0))]
+        >>> snippet(words)
+        (' a ', 'red', ' dot')
+    """
+    places = [place for place, view in enumerate(views) if view.kind == "text"]
+    if not places:
+        return ("", "", "")
+    best = max(places, key=lambda place: views[place].value)
+    before = "".join(views[place].text for place in places if best - reach <= place < best)
+    after = "".join(views[place].text for place in places if best < place <= best + reach)
+    token = views[best].text.lstrip() or views[best].text
+    return (before + views[best].text[: -len(token)], token, after)
+
+
+def changes(before: str, after: str) -> tuple[tuple[SpanView, ...], tuple[SpanView, ...]]:
+    """Mark the words that differ between two answers.
+
+    Example:
+        >>> changes("a red dot", "a blue dot")[1]
+        (SpanView(text='a ', changed=False), SpanView(text='blue', changed=True), SpanView(text=' dot', changed=False))
+    """
+    old, new = re.findall(r"\s+|\S+", before), re.findall(r"\s+|\S+", after)
+    left: list[SpanView] = []
+    right: list[SpanView] = []
+    for what, a0, a1, b0, b1 in difflib.SequenceMatcher(None, old, new, autojunk=False).get_opcodes():
+        if a1 > a0:
+            left.append(SpanView(text="".join(old[a0:a1]), changed=what != "equal"))
+        if b1 > b0:
+            right.append(SpanView(text="".join(new[b0:b1]), changed=what != "equal"))
+    return tuple(left), tuple(right)
+
+
+def _token(text: str, kind: str, value: float, scale: float) -> TokenView:
+    level = min(1.0, max(0.0, value / scale)) if scale > 0 else 0.0
+    return TokenView(text=text, kind=kind, value=value, level=level)  # type: ignore[arg-type]
+
+
+def _window(views: list[TokenView], size: int) -> tuple[TokenView, ...]:
+    """Keep `size` entries around the strongest token of text; pictures stay."""
+    texts = [place for place, view in enumerate(views) if view.kind != "picture"]
+    if len(texts) <= size:
+        return tuple(views)
+    best = max(range(len(texts)), key=lambda place: views[texts[place]].value)
+    start = min(max(0, best - size // 2), len(texts) - size)
+    kept = set(texts[start : start + size])
+    out: list[TokenView] = []
+    for place, view in enumerate(views):
+        if place in kept or view.kind == "picture":
+            out.append(view)
+        elif not out or out[-1].kind != "gap":
+            out.append(TokenView(text="…", kind="gap", value=0.0, level=0.0))
+    return tuple(out)

@@ -1,0 +1,1 @@
+"""Training of sparse autoencoders on image and text tokens, as a plugin to SAE-Lens."""

@@ -1,0 +1,128 @@
+"""Where a run's SAE is saved, and what is written down about how it came to be."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from sae_lens.constants import RUNNER_CFG_FILENAME, SPARSITY_FILENAME
+from sae_lens.saes.sae import TrainingSAE
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sae_lens_multimodal.errors import StoreError
+from sae_lens_multimodal.files import MANIFEST_NAME, package_versions, write_atomically, write_json, write_manifest
+from sae_lens_multimodal.training.config import MultimodalSAERunnerConfig
+from sae_lens_multimodal.training.store import MultimodalActivationsStore
+
+KIND = "sae"
+SCHEMA_VERSION = 1
+METADATA_KEY = "sae_lens_multimodal"
+"""The key of the SAE's metadata under which this package writes."""
+STATE_NAME = "multimodal_state.json"
+"""What a checkpoint holds besides SAE-Lens's files."""
+
+
+def check_output_folder(path: str | None, *, overwrite: bool) -> None:
+    """Refuse a folder that holds something already.
+
+    Raises:
+        StoreError: it does, and `overwrite` is not set; or the path is a file.
+    """
+    if path is None:
+        return
+    folder = Path(path)
+    if folder.exists() and not folder.is_dir():
+        raise StoreError(f"output_path {folder} is a file; give a folder.")
+    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+        holder = "an earlier run" if (folder / MANIFEST_NAME).is_file() else "other files"
+        raise StoreError(
+            f"output_path {folder} holds {holder}; give another folder, or set overwrite to replace its files."
+        )
+
+
+def provenance(
+    cfg: MultimodalSAERunnerConfig[Any],
+    store: MultimodalActivationsStore,
+    *,
+    tokens_seen: Mapping[str, int],
+    metrics: Mapping[str, Any],
+) -> dict[str, Any]:
+    """What goes into the saved SAE's metadata: JSON values only."""
+    return {
+        "versions": package_versions(),
+        "dataset_path": cfg.dataset_path or describe_dataset(store.source.training_rows),
+        "dataset_subset": cfg.dataset_subset,
+        "split": cfg.split,
+        "seed": cfg.seed,
+        "token_shares": cfg.token_shares,
+        "image_tokens": cfg.image_tokens,
+        "newline_tokens": cfg.newline_tokens,
+        "model_from_pretrained_kwargs": {
+            key: str(value) for key, value in (cfg.model_from_pretrained_kwargs or {}).items()
+        },
+        "tokens_seen": dict(tokens_seen),
+        "tokens_read": dict(store.tokens_read),
+        "tokens_dropped": store.tokens_dropped,
+        "rows_read": store.n_dataset_processed,
+        "epochs_finished": store.epoch,
+        "rows_skipped": dict(store.all_skipped),
+        "evaluated_on": "held-out prompts" if store.source.n_held_out else "training prompts",
+        "metrics": dict(metrics),
+    }
+
+
+def describe_dataset(rows: object) -> str:
+    """Words for a dataset that was given in memory."""
+    return f"given in memory as {type(rows).__name__}"
+
+
+def save_sae(
+    sae: TrainingSAE[Any], folder: Path, cfg: MultimodalSAERunnerConfig[Any], log_sparsity: Tensor | None
+) -> tuple[Path, Path, Path | None]:
+    """Save a plain SAE-Lens SAE; the manifest is written last and says that the folder is complete.
+
+    Returns:
+        The paths of weights, configuration and sparsity.
+    """
+    (folder / MANIFEST_NAME).unlink(missing_ok=True)
+    weights, config = sae.save_inference_model(str(folder))
+    sparsity = None
+    if log_sparsity is not None and torch.isfinite(log_sparsity).all():
+        sparsity = folder / SPARSITY_FILENAME
+        write_atomically(sparsity, lambda path: save_file({"sparsity": log_sparsity}, path))
+    write_json(folder / RUNNER_CFG_FILENAME, cfg.to_dict())
+    write_manifest(folder, kind=KIND, schema_version=SCHEMA_VERSION, settings=cfg.to_dict())
+    return Path(weights), Path(config), sparsity
+
+
+def write_checkpoint_state(folder: Path, cfg: MultimodalSAERunnerConfig[Any], tokens_seen: Mapping[str, int]) -> None:
+    """Write what a checkpoint holds besides SAE-Lens's files."""
+    write_json(folder / RUNNER_CFG_FILENAME, cfg.to_dict())
+    write_json(folder / STATE_NAME, {"tokens_seen": dict(tokens_seen)})
+
+
+def read_checkpoint_state(folder: Path, cfg: MultimodalSAERunnerConfig[Any]) -> dict[str, int]:
+    """Check that a checkpoint belongs to a run like this one, and read its counts of tokens.
+
+    Raises:
+        StoreError: there is no checkpoint, or it is of another model, hook or SAE.
+    """
+    for name in (RUNNER_CFG_FILENAME, STATE_NAME):
+        if not (folder / name).is_file():
+            raise StoreError(f"resume_from_checkpoint {folder} has no {name}; give a folder below checkpoint_path.")
+    saved = json.loads((folder / RUNNER_CFG_FILENAME).read_text(encoding="utf-8"))
+    for name in ("model_name", "hook_name"):
+        if saved[name] != getattr(cfg, name):
+            raise StoreError(f"{folder} was trained with {name}={saved[name]!r}, this run has {getattr(cfg, name)!r}.")
+    own = cfg.sae.to_dict()
+    for name in ("architecture", "d_in", "d_sae"):
+        if saved["sae"][name] != own[name]:
+            raise StoreError(
+                f"{folder} was trained with sae.{name}={saved['sae'][name]!r}, this run has {own[name]!r}."
+            )
+    state: dict[str, int] = json.loads((folder / STATE_NAME).read_text(encoding="utf-8"))["tokens_seen"]
+    return state

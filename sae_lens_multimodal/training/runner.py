@@ -1,0 +1,317 @@
+"""One training run, from the settings to a saved SAE."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections import Counter
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from sae_lens import SAE
+from sae_lens.llm_sae_training_runner import LanguageModelSAETrainingRunner
+from sae_lens.saes.sae import TrainingSAE
+from sae_lens.training._interruption import InterruptedException
+from sae_lens.training.activation_scaler import ActivationScaler
+from sae_lens.util import temporary_seed
+
+from sae_lens_multimodal.adapters.model import VisionLanguageModel, load_model
+from sae_lens_multimodal.data.batches import encoded_batches
+from sae_lens_multimodal.data.sources import Rows
+from sae_lens_multimodal.errors import ConfigError, SAEMismatchError
+from sae_lens_multimodal.training.config import MultimodalSAERunnerConfig
+from sae_lens_multimodal.training.evaluate import measure, to_inference_sae
+from sae_lens_multimodal.training.interrupts import stop_on_signals
+from sae_lens_multimodal.training.metrics import ModalityMetrics, as_report
+from sae_lens_multimodal.training.output import (
+    METADATA_KEY,
+    check_output_folder,
+    provenance,
+    read_checkpoint_state,
+    save_sae,
+    write_checkpoint_state,
+)
+from sae_lens_multimodal.training.sae_config import UNSET_WIDTH
+from sae_lens_multimodal.training.store import MultimodalActivationsStore, open_source
+from sae_lens_multimodal.training.trainer import BatchProvider, MultimodalSAETrainer
+
+logger = logging.getLogger(__name__)
+
+_STARVED = 0.2
+"""Below this share of the other modality's L0, a modality is worth a warning."""
+
+
+@dataclass
+class MultimodalSAEEvaluator:
+    """Reconstruction metrics of each modality on held-out prompts."""
+
+    store: MultimodalActivationsStore
+
+    def __call__(
+        self,
+        sae: TrainingSAE[Any],
+        data_provider: BatchProvider,
+        activation_scaler: ActivationScaler,
+    ) -> dict[str, Any]:
+        """The metrics by name, as SAE-Lens logs them during training."""
+        with data_provider.paused():
+            metrics = self.measure(to_inference_sae(sae), activation_scaler)
+        return {
+            f"evaluation/{metric}_{modality}": value
+            for modality, values in as_report(metrics).items()
+            for metric, value in values.items()
+            if value is not None
+        }
+
+    def measure(self, sae: SAE[Any], scaler: ActivationScaler | None = None) -> dict[str, ModalityMetrics]:
+        """Metrics of each modality of an SAE that takes activations as `scaler` makes them."""
+        store, cfg = self.store, self.store.cfg
+        batches = encoded_batches(
+            store.model,
+            store.source.evaluation(cfg.n_eval_prompts),
+            batch_size=cfg.eval_batch_prompts,
+            context_size=cfg.context_size,
+        )
+        return measure(sae, (store.read_tokens(batch) for batch in batches), scale=scaler)
+
+
+class MultimodalSAETrainingRunner(LanguageModelSAETrainingRunner):
+    """Trains an SAE on image and text tokens of a vision-language model.
+
+    Use it as SAE-Lens's runner: `MultimodalSAETrainingRunner(cfg).run()`.
+    """
+
+    cfg: MultimodalSAERunnerConfig[Any]
+    model: Any
+    activations_store: MultimodalActivationsStore
+    evaluator: Any
+    metrics: dict[str, dict[str, Any]]
+    """Of each modality, once `run` is through: see `evaluate_reconstruction`."""
+
+    def __init__(
+        self,
+        cfg: MultimodalSAERunnerConfig[Any],
+        override_dataset: Rows | None = None,
+        override_model: VisionLanguageModel | None = None,
+        override_sae: TrainingSAE[Any] | None = None,
+    ) -> None:
+        """Open dataset and model, and check that everything fits together, before anything long begins.
+
+        Args:
+            cfg: the settings; they are not changed.
+            override_dataset: a dataset or list of rows in place of `dataset_path`.
+            override_model: a loaded model in place of `model_name`.
+            override_sae: an SAE to go on training.
+
+        Raises:
+            ConfigError: settings that cannot work.
+            StoreError: `output_path` holds another run.
+            DatasetError: the dataset cannot be read.
+            ModelLoadError: the model cannot be loaded.
+            UnknownHookError: the model has no such hook.
+            SAEMismatchError: the SAE does not fit the hook.
+        """
+        check_output_folder(cfg.output_path, overwrite=cfg.overwrite)
+        source = open_source(cfg, override_dataset)
+        self.model = override_model if override_model is not None else _load(cfg)
+        self.cfg = _fitted(cfg, self.model)
+        self.sae = self._build_sae(override_sae)
+        self.activations_store = MultimodalActivationsStore(self.model, self.cfg, source)
+        self.evaluator = MultimodalSAEEvaluator(self.activations_store)
+        self.metrics = {}
+        self._tokens_seen: Counter[str] = Counter()
+
+    def run(self) -> SAE[Any]:
+        """Train, evaluate and save.
+
+        Returns:
+            The SAE as it is saved: what `SAE.load_from_disk(cfg.output_path)` gives.
+
+        Raises:
+            KeyboardInterrupt: the run was stopped by a signal; the message says where its checkpoint is.
+        """
+        self._set_sae_metadata()
+        if self.cfg.logger.log_to_wandb:
+            self._begin_logging()
+        provider = BatchProvider(self.activations_store.labelled_batches(), prefetch=int(self.cfg.prefetch_llm_batches))
+        try:
+            trainer = self._build_trainer(provider)
+            self._compile_sae_if_needed()
+            sae = self.run_trainer_with_interruption_handling(trainer)
+        finally:
+            provider.close()
+        self._tokens_seen = trainer.tokens_seen
+        self._evaluate(sae)
+        if self.cfg.output_path is not None:
+            self.save_final_sae(sae, self.cfg.output_path, trainer.log_feature_sparsity)
+        if self.cfg.logger.log_to_wandb:
+            self._finish_logging()
+        return to_inference_sae(sae)
+
+    def run_trainer_with_interruption_handling(self, trainer: MultimodalSAETrainer) -> TrainingSAE[Any]:
+        """Train; at a signal, save a checkpoint and stop.
+
+        Raises:
+            KeyboardInterrupt: a signal came.
+        """
+        try:
+            with stop_on_signals(trainer.request_stop), temporary_seed(self.cfg.seed):
+                return trainer.fit()
+        except (KeyboardInterrupt, InterruptedException) as error:
+            done = f"stopped after {trainer.n_training_samples} tokens"
+            if self.cfg.checkpoint_path is None:
+                raise KeyboardInterrupt(f"{done}; nothing is saved, as checkpoint_path is not set.") from error
+            self._tokens_seen = trainer.tokens_seen
+            trainer.save_checkpoint(checkpoint_name=str(trainer.n_training_samples))
+            folder = Path(self.cfg.checkpoint_path) / str(trainer.n_training_samples)
+            raise KeyboardInterrupt(f"{done}; go on with resume_from_checkpoint={folder}") from error
+
+    def save_checkpoint(self, checkpoint_path: Path | None) -> None:
+        """Write the store's place in the dataset and the settings beside what the trainer has written."""
+        if checkpoint_path is None:
+            return
+        checkpoint_path.mkdir(parents=True, exist_ok=True)
+        self.activations_store.save_to_checkpoint(checkpoint_path)
+        write_checkpoint_state(checkpoint_path, self.cfg, self._tokens_seen)
+
+    def save_final_sae(
+        self, sae: TrainingSAE[Any], output_path: str, log_feature_sparsity: torch.Tensor | None = None
+    ) -> None:
+        """Save the SAE as a plain SAE-Lens SAE, with where it comes from in its metadata."""
+        sae.cfg.metadata[METADATA_KEY] = provenance(
+            self.cfg, self.activations_store, tokens_seen=self._tokens_seen, metrics=self.metrics
+        )
+        weights, config, sparsity = save_sae(sae, Path(output_path), self.cfg, log_feature_sparsity)
+        if self.cfg.logger.log_to_wandb:
+            self.cfg.logger.log(self, weights, config, sparsity_path=sparsity, wandb_aliases=["final_model"])
+
+    # ---- parts of a run ----------------------------------------------------------------------------------------------
+
+    def _build_sae(self, given: TrainingSAE[Any] | None) -> TrainingSAE[Any]:
+        if given is None and self.cfg.from_pretrained_path is not None:
+            given = TrainingSAE.load_from_disk(self.cfg.from_pretrained_path, self.cfg.device)
+        if given is not None:
+            _check_same_kind(given, self.cfg)
+            return given.to(self.cfg.device)
+        try:
+            with temporary_seed(self.cfg.seed):
+                sae: TrainingSAE[Any] = TrainingSAE.from_dict(self.cfg.get_training_sae_cfg_dict())
+        except ValueError as error:
+            raise ConfigError(f"sae: {error}") from error
+        return sae.to(self.cfg.device)
+
+    def _build_trainer(self, provider: BatchProvider) -> MultimodalSAETrainer:
+        trainer = MultimodalSAETrainer(
+            sae=self.sae,
+            data_provider=provider,
+            evaluator=self.evaluator,
+            save_checkpoint_fn=self.save_checkpoint,
+            cfg=self.cfg.to_sae_trainer_config(),
+            progress=self.cfg.progress,
+        )
+        self._tokens_seen = trainer.tokens_seen
+        if self.cfg.resume_from_checkpoint is not None:
+            folder = Path(self.cfg.resume_from_checkpoint)
+            trainer.tokens_seen.update(read_checkpoint_state(folder, self.cfg))
+            trainer.load_trainer_state(folder)
+            self.sae.load_weights_from_checkpoint(folder)
+            self.activations_store.load_from_checkpoint(folder)
+            logger.info("going on after %d tokens from %s", trainer.n_training_samples, folder)
+        return trainer
+
+    def _evaluate(self, sae: TrainingSAE[Any]) -> None:
+        if not self.cfg.n_eval_batches:
+            return
+        self.metrics = as_report(self.evaluator.measure(to_inference_sae(sae)))
+        for name, values in self.metrics.items():
+            logger.info("%s tokens: %s", name, values)
+        fired = {name: values["l0"] for name, values in self.metrics.items() if values["l0"] is not None}
+        if len(fired) > 1 and min(fired.values()) < _STARVED * max(fired.values()):
+            logger.warning(
+                "the saved SAE lets %s features fire on a token of %s, but %s on one of %s; other token_shares or an "
+                "architecture without one threshold for all tokens, such as topk, balance them",
+                *_least_and_most(fired),
+            )
+
+    def _set_sae_metadata(self) -> None:
+        super()._set_sae_metadata()
+        # SAE-Lens warns about these at loading, with advice that is about its own models; they are recorded with
+        # the rest of what this package knows.
+        self.sae.cfg.metadata.model_from_pretrained_kwargs = {}
+
+    def _begin_logging(self) -> None:
+        import wandb
+
+        wandb.init(
+            project=self.cfg.logger.wandb_project,
+            entity=self.cfg.logger.wandb_entity,
+            config=self.cfg.to_dict(),
+            name=self.cfg.logger.run_name,
+            id=self.cfg.logger.wandb_id,
+        )
+
+    def _finish_logging(self) -> None:
+        import wandb
+
+        wandb.finish()
+
+
+def _load(cfg: MultimodalSAERunnerConfig[Any]) -> VisionLanguageModel:
+    if not cfg.model_name:
+        raise ConfigError("model_name is empty; give a hub name or a folder, or pass override_model.")
+    settings = dict(cfg.model_from_pretrained_kwargs or {})
+    if "device_map" not in settings:
+        settings.setdefault("device", cfg.llm_device)
+    return load_model(cfg.model_name, **settings)
+
+
+def _fitted(cfg: MultimodalSAERunnerConfig[Any], model: VisionLanguageModel) -> MultimodalSAERunnerConfig[Any]:
+    """A copy of the settings with the model's own names and the hook's width filled in."""
+    if not cfg.hook_name:
+        raise ConfigError("hook_name is empty; give one such as 'blocks.2.hook_resid_post'.")
+    hook = model.hooks.resolve(cfg.hook_name)
+    if hook.tower != "language":
+        raise ConfigError(
+            f"{hook.name} is in the {hook.tower} tower, whose positions are not tokens of the prompt; choose a hook of "
+            "the language model, such as 'blocks.0.hook_resid_pre'."
+        )
+    width = cfg.sae.d_in
+    if width == UNSET_WIDTH:
+        if hook.d is None:
+            raise ConfigError(f"The width of {hook.name} is not known; give sae.d_in.")
+        width = hook.d
+    if hook.d is not None and width != hook.d:
+        raise SAEMismatchError(
+            f"sae.d_in is {width}, but {hook.name} of {model.name} is {hook.d} wide; set sae.d_in to {hook.d} or "
+            "choose another hook."
+        )
+    fitted = copy.copy(cfg)
+    fitted.sae = replace(cfg.sae, d_in=width, metadata=copy.deepcopy(cfg.sae.metadata))
+    fitted.hook_name = hook.name
+    fitted.model_name = model.name
+    return fitted
+
+
+def _check_same_kind(sae: TrainingSAE[Any], cfg: MultimodalSAERunnerConfig[Any]) -> None:
+    """Refuse to go on training an SAE that is of another kind, width or place than the settings say."""
+    metadata = sae.cfg.metadata
+    differences = {
+        "architecture": (sae.cfg.architecture(), cfg.sae.architecture()),
+        "d_in": (sae.cfg.d_in, cfg.sae.d_in),
+        "d_sae": (sae.cfg.d_sae, cfg.sae.d_sae),
+        "hook_name": (metadata.hook_name or cfg.hook_name, cfg.hook_name),
+        "model_name": (metadata.model_name or cfg.model_name, cfg.model_name),
+    }
+    for name, (has, wanted) in differences.items():
+        if has != wanted:
+            raise SAEMismatchError(
+                f"The SAE to go on training has {name} {has!r}, the settings say {wanted!r}; give a matching SAE or "
+                "change the settings."
+            )
+
+
+def _least_and_most(values: dict[str, float]) -> tuple[str, str, str, str]:
+    least, most = min(values, key=values.__getitem__), max(values, key=values.__getitem__)
+    return f"{values[least]:.1f}", least, f"{values[most]:.1f}", most

@@ -1,0 +1,126 @@
+"""A feature store whose features are known: colours in scenes, on the real layout of the tiny model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from sae_lens_multimodal.adapters.model import VisionLanguageModel
+from sae_lens_multimodal.autointerp.judges import JudgeRequest
+from sae_lens_multimodal.features.store import FeatureStore
+from sae_lens_multimodal.features.writer import StoreWriter
+from sae_lens_multimodal.scenes.asking import draw_objects, text_context
+from sae_lens_multimodal.scenes.questions import COMMON_QUESTION, MARKS_QUESTION, NAME_QUESTION
+from sae_lens_multimodal.scenes.render import COLOUR_RGB
+from sae_lens_multimodal.scenes.truth import mask_share
+from sae_lens_multimodal.scenes.world import Scene, make_scene
+
+COLOURS = ("red", "green", "blue", "yellow")
+"""Features 0 to 3 fire on patches of these colours."""
+TEXT_FEATURE = 4
+"""Fires on the word "red" only."""
+N_SCENES, N_TEXTS = 60, 40
+HOOK = "blocks.2.hook_resid_post"
+
+
+def write_store(folder: Path, model: VisionLanguageModel) -> FeatureStore:
+    """Write the store."""
+    writer = StoreWriter(folder, d_sae=16, hook_name=HOOK)
+    scenes = {seed: make_scene(seed) for seed in range(N_SCENES)}
+    values: dict[int, dict[int, np.ndarray[Any, Any]]] = {feature: {} for feature in range(len(COLOURS))}
+    for seed, scene in scenes.items():
+        batch = model.encode(_about(scene.image, "what is in the picture ?"))
+        tokens = model.token_strings(batch["input_ids"][0])
+        writer.add_prompt(seed, tokens=tokens, layout=batch.layout.row(0), images=[scene.image])
+        boxes = batch.layout.boxes[0].numpy()
+        for feature, colour in enumerate(COLOURS):
+            values[feature][seed] = _activations(scene, colour, boxes, strength=4.0 + seed % 7)
+    for feature, rows in values.items():
+        _add_lists(writer, feature, "image", rows)
+    _add_lists(writer, TEXT_FEATURE, "text", _text_prompts(writer, model))
+    return writer.finish()
+
+
+def _about(picture: Image.Image, text: str) -> list[dict[str, Any]]:
+    parts = [{"type": "image", "image": picture}, {"type": "text", "text": text}]
+    return [{"role": "user", "content": parts}]
+
+
+def _activations(
+    scene: Scene, colour: str, boxes: np.ndarray[Any, Any], *, strength: float
+) -> np.ndarray[Any, Any]:
+    """Fire on every patch by how much of it the colour covers."""
+    mask = np.zeros((scene.image.height, scene.image.width), dtype=bool)
+    for thing in scene.objects:
+        if thing.colour == colour:
+            mask |= thing.mask
+    values = np.zeros(len(boxes))
+    is_patch = ~np.isnan(boxes[:, 0]) & (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
+    values[is_patch] = strength * mask_share(mask, boxes[is_patch])
+    return np.where(values > 0.1 * strength, values, 0).astype(np.float32)
+
+
+def _text_prompts(writer: StoreWriter, model: VisionLanguageModel) -> dict[int, np.ndarray[Any, Any]]:
+    rng = np.random.default_rng(0)
+    rows = {}
+    for index in range(N_TEXTS):
+        text = text_context(draw_objects(rng, 4))
+        batch = model.encode([{"role": "user", "content": [{"type": "text", "text": text}]}])
+        tokens = model.token_strings(batch["input_ids"][0])
+        writer.add_prompt(1000 + index, tokens=tokens, layout=batch.layout.row(0))
+        rows[1000 + index] = np.array([5.0 if token.strip() == "red" else 0.0 for token in tokens], dtype=np.float32)
+    return rows
+
+
+def _add_lists(writer: StoreWriter, feature: int, modality: Any, rows: dict[int, np.ndarray[Any, Any]]) -> None:
+    firing = sorted((key for key, row in rows.items() if row.any()), key=lambda key: -rows[key].max())
+    silent = [key for key, row in rows.items() if not row.any()]
+    for kind, keys in (("top", firing[:8]), ("ordinary", firing[8:14]), ("silent", silent[:8])):
+        for key in keys:
+            writer.add_example(
+                feature, prompt_id=key, activations=rows[key], kind=kind, modality=modality  # type: ignore[arg-type]
+            )
+
+
+def seen_colours(picture: Image.Image, *, share: float = 0.02) -> set[str]:
+    """Tell which colours of the scenes a picture shows, by counting pixels."""
+    pixels = np.asarray(picture.convert("RGB"), dtype=np.int64)
+    found = set()
+    for name, value in COLOUR_RGB.items():
+        near = np.abs(pixels - np.array(value)).max(axis=-1) < 12
+        if near.mean() > share:
+            found.add(name)
+    return found
+
+
+def perfect(request: JudgeRequest) -> str:
+    """Answer the scenes' questions about colours as someone who sees and reads well."""
+    question = str(request.parts[-1])
+    if question == COMMON_QUESTION or question == NAME_QUESTION:
+        common = set.intersection(*(seen_colours(picture) for picture in request.pictures))
+        return sorted(common)[0] if common else "nothing"
+    if question.endswith(MARKS_QUESTION):
+        return _common_marks(question)
+    asked = [word for word in question.replace("?", "").split() if word in COLOUR_RGB][-1]
+    if request.pictures:
+        return "yes" if asked in seen_colours(request.pictures[0]) else "no"
+    text = question.split(" is there ")[0].split(" does this ")[0]
+    return "yes" if asked in (_marked(text) if "[" in text else text.split()) else "no"
+
+
+def blind(request: JudgeRequest) -> str:
+    """Answer without looking: yes to everything."""
+    return perfect(request) if request.choices is None else "yes"
+
+
+def _marked(text: str) -> Sequence[str]:
+    return [piece.split("]")[0].strip() for piece in text.split("[")[1:]]
+
+
+def _common_marks(question: str) -> str:
+    marks = set(_marked(question))
+    return marks.pop() if len(marks) == 1 else "nothing"

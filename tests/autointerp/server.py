@@ -1,0 +1,92 @@
+"""A small local HTTP server that misbehaves as told."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any, NamedTuple
+
+
+class Answer(NamedTuple):
+    """What the server sends."""
+
+    status: int
+    body: str
+    content_type: str = "application/json"
+
+
+def completion(content: str | None, **message: Any) -> Answer:
+    """A chat completion as an OpenAI-compatible server sends it."""
+    body = {
+        "id": "1",
+        "object": "chat.completion",
+        "created": 0,
+        "model": "m",
+        "choices": [
+            {
+                "index": 0,
+                "finish_reason": message.pop("finish_reason", "stop"),
+                "message": {"role": "assistant", "content": content, **message},
+            }
+        ],
+        "usage": {"prompt_tokens": 7, "completion_tokens": 2, "total_tokens": 9},
+    }
+    return Answer(200, json.dumps(body))
+
+
+def error(status: int, message: str = "no") -> Answer:
+    """An error as an OpenAI-compatible server sends it."""
+    return Answer(status, json.dumps({"error": {"message": message, "type": "t", "code": None, "param": None}}))
+
+
+class Server:
+    """Its address, and what it was asked."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.bodies: list[dict[str, Any]] = []
+        self.headers: list[dict[str, str]] = []
+        self.released = threading.Event()
+        """Set when the test is over: whoever hangs may go."""
+
+
+@contextmanager
+def serving(answer: Callable[[int, dict[str, Any], Server], Answer]) -> Iterator[Server]:
+    """Run a server that answers the n-th request (from 0) with what the function gives."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            with lock:
+                number = len(server.bodies)
+                server.bodies.append(body)
+                server.headers.append({name.lower(): value for name, value in self.headers.items()})
+            status, text, content_type = answer(number, body, server)
+            payload = text.encode()
+            try:
+                self.send_response(status)
+                self.send_header("Content-Type", content_type)
+                self.send_header("Content-Length", str(len(payload)))
+                self.end_headers()
+                self.wfile.write(payload)
+            except (BrokenPipeError, ConnectionResetError):
+                pass
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    lock = threading.Lock()
+    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = Server(f"http://127.0.0.1:{http.server_address[1]}/v1")
+    thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.released.set()
+        http.shutdown()
+        http.server_close()
+        thread.join()
