@@ -57,8 +57,11 @@ class HookPoints:
         """Return the number of canonical hook names."""
         return len(self._table.names())
 
-    def __getitem__(self, name: str) -> Float[Tensor, "..."]:
-        """Read a hook, within a trace.
+    def __getitem__(self, name: str) -> Any:  # noqa: ANN401 - a tensor, to which nnsight adds `save()`
+        """Read a hook, within a trace: a tensor of [batch, seq, d], or [batch, seq, heads, d // heads].
+
+        In a vision tower the first dimension counts views of pictures. Attention scores and patterns are
+        [batch, heads, to, from].
 
         Raises:
             UnknownHookError: the model has no such hook, or does not compute its value as it was loaded.
@@ -67,8 +70,7 @@ class HookPoints:
         value = self._raw(point)
         if point.element is not None:
             value = value[point.element]
-        split: Tensor = value if point.heads is None else value.unflatten(-1, (point.heads, -1))
-        return split
+        return value if point.heads is None else value.unflatten(-1, (point.heads, -1))
 
     def __setitem__(self, name: str, value: Float[Tensor, "..."]) -> None:
         """Write a hook, within a trace.

@@ -119,8 +119,11 @@ def _open(file: io.BytesIO | Path, source: object) -> Image.Image:
     try:
         return Image.open(file)
     except _DAMAGED as error:
+        # Pillow's own words name the file object by its address, which differs from run to run
+        unknown = isinstance(error, UnidentifiedImageError)
+        reason = "unknown format" if unknown else f"{type(error).__name__}: {error}"
         raise ImageError(
-            f"{describe_source(source)} is not a readable image ({type(error).__name__}: {error}). "
+            f"{describe_source(source)} is not a readable image ({reason}). "
             "Give another picture or leave this prompt out."
         ) from error
 

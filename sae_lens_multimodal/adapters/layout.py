@@ -269,12 +269,11 @@ def _pixel_shares(start: float, stop: float, size: int) -> tuple[slice, np.ndarr
 
 def _widen(start: float, stop: float, margin: float, min_size: int, size: int) -> tuple[int, int]:
     """Grow an interval by a margin and to a least length, and return whole pixels inside of the picture."""
-    low, high = start - margin, stop + margin
-    lacking = max(min(min_size, size) - (high - low), 1 - (high - low), 0.0)
-    low, high = low - lacking / 2, high + lacking / 2
-    shift = max(-low, 0.0) - max(high - size, 0.0)
-    if high - low <= size:
-        low, high = low + shift, high + shift
+    low, high = max(start - margin, 0.0), min(stop + margin, float(size))
+    length = min(max(high - low, min_size, 1.0), float(size))
+    # what is lacking is added on both sides, as far as the picture reaches
+    low = min(max((low + high - length) / 2, 0.0), size - length)
+    high = low + length
     # float32 boxes may lie a hair beyond a whole pixel
     left, right = int(np.floor(low + 1e-3)), int(np.ceil(high - 1e-3))
     left = min(max(left, 0), size - 1)

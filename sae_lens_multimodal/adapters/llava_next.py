@@ -179,6 +179,11 @@ class LlavaNext(Family):
         """Count the positions of each row from its first token."""
         return (attention_mask.long().cumsum(-1) - 1).masked_fill(attention_mask == 0, 0)
 
+    def scan_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Give picture sizes as numbers: how many tiles there are follows from them."""
+        sizes = inputs.get("image_sizes")
+        return dict(inputs) if sizes is None else {**inputs, "image_sizes": torch.as_tensor(sizes).tolist()}
+
     @classmethod
     def random_model(cls, seed: int = 0) -> tuple[Any, Any]:
         """Return a tiny LLaVA-NeXT with random weights, and its processor."""

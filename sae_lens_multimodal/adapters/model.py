@@ -14,6 +14,7 @@ from nnsight import TransformersModel
 from nnsight.intervention.source import SourceNotAvailable
 from nnsight.modeling import processing
 from nnsight.modeling.tp import TPFragments
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import unset_fake_temporarily
@@ -69,7 +70,8 @@ def load_model(
     if isinstance(name_or_module, nn.Module):
         module = name_or_module
         name = str(getattr(module, "name_or_path", "") or type(module).__name__)
-        adapter = find_family(family or str(module.config.model_type), name=name)
+        settings: Any = module.config
+        adapter = find_family(family or str(settings.model_type), name=name)
         if device is not None or dtype is not None:
             module = module.to(device=device, dtype=_as_dtype(dtype))
     else:
@@ -91,7 +93,16 @@ _SHARED_KWARGS = ("revision", "token", "cache_dir", "local_files_only", "force_d
 def _load(auto_class: Any, name: str, what: str, **kwargs: Any) -> Any:  # noqa: ANN401 - transformers' own
     try:
         return auto_class.from_pretrained(name, **kwargs)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RuntimeError,
+        ImportError,
+        SafetensorError,
+    ) as error:
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelLoadError(
             f"cannot load the {what} of {name!r}: {first_line} Expected the hub name of a vision-language model that "
@@ -112,7 +123,7 @@ def _load_module(
         AutoModelForImageTextToText,
         name,
         "weights",
-        dtype="auto" if dtype is None else dtype,
+        dtype=_as_dtype(dtype) or "auto",
         trust_remote_code=trust_remote_code,
         **kwargs,
     )
@@ -122,13 +133,15 @@ def _load_module(
 def _as_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     if dtype is None or isinstance(dtype, torch.dtype):
         return dtype
+    if dtype == "auto":
+        return None
     found = getattr(torch, dtype, None)
     if not isinstance(found, torch.dtype):
         raise ModelLoadError(f"got dtype={dtype!r}; expected the name of a torch type such as 'bfloat16'.")
     return found
 
 
-class VisionLanguageModel(TransformersModel):  # type: ignore[misc] # nnsight ships no types
+class VisionLanguageModel(TransformersModel):
     """An nnsight model (`trace`, `generate`, `edit`, `scan` are nnsight's own) with what pictures need.
 
     Use `load_model` to make one.
@@ -248,13 +261,16 @@ class VisionLanguageModel(TransformersModel):  # type: ignore[misc] # nnsight sh
             kwargs = join_invokes(self, self.family, invokes)
         else:
             args, kwargs = super()._batch(invokes, fn)
-        return args, self._with_positions(kwargs)
+        if detect_fake_mode() is None:
+            return args, self._with_positions(kwargs)
+        with unset_fake_temporarily():
+            return args, self.family.scan_inputs(kwargs)
 
     def _with_positions(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Count positions from each row's first token, which transformers' own forward does not do."""
         mask, ids = inputs.get("attention_mask"), inputs.get("input_ids")
         given = "position_ids" in inputs or inputs.get("past_key_values") is not None
-        if given or mask is None or ids is None or mask.shape != ids.shape or detect_fake_mode() is not None:
+        if given or mask is None or ids is None or mask.shape != ids.shape:
             return inputs
         position_ids = self.family.position_ids(mask)
         return inputs if position_ids is None else {**inputs, "position_ids": position_ids}

@@ -185,10 +185,10 @@ def _known(folder: RecordFolder) -> dict[_Key, Score]:
 
 
 def _tests(explanations: Sequence[Explanation], scorers: Sequence[Scorer], *, control: bool, seed: int) -> list[_Test]:
-    """Make every test; the controls are drawn among the explanations of the same modality."""
+    """Make every test; controls are drawn among explanations of the same modality, where there are different ones."""
+    explained = [one for one in explanations if one.status == "explained"]
     controls: dict[int, Explanation] = {}
-    for modality in MODALITIES:
-        group = [one for one in explanations if one.modality == modality and one.status == "explained"]
+    for group in (explained, *([one for one in explained if one.modality == modality] for modality in MODALITIES)):
         for one, other in zip(group, derangement([one.text for one in group], seed=seed), strict=True):
             if other is not None:
                 controls[id(one)] = group[other]

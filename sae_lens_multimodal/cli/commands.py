@@ -155,7 +155,10 @@ def _model_and_sae(options: Namespace) -> tuple[VisionLanguageModel, Any]:
     if not options.sae.is_dir():
         raise StoreError(f"{options.sae} is not a folder; expected one that SAE-Lens saved (cfg.json and weights).")
     model = load_model(options.model, device=options.device, dtype=options.dtype)
-    return model, SAE.load_from_disk(options.sae, device=options.device)
+    try:
+        return model, SAE.load_from_disk(options.sae, device=options.device)
+    except (OSError, KeyError, ValueError) as error:
+        raise StoreError(f"{options.sae} cannot be read as a SAE that SAE-Lens saved: {error}") from error
 
 
 def _judge(options: Namespace, folder: Path) -> Judge:

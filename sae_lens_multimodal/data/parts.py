@@ -87,7 +87,9 @@ def _rows_of_columns(columns: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Undo the older datasets' habit of storing a list of mappings as a mapping of lists."""
     length = max((len(column) for column in columns.values()), default=0)
     if any(len(column) != length for column in columns.values()):
-        raise PromptError(f"Got messages as columns of different lengths ({', '.join(columns)}); expected equal lengths.")
+        raise PromptError(
+            f"Got messages as columns of different lengths ({', '.join(columns)}); expected equal lengths."
+        )
     return [{key: column[index] for key, column in columns.items()} for index in range(length)]
 
 

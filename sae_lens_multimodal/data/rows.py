@@ -10,7 +10,14 @@ from typing import Any
 
 from PIL import Image
 
-from sae_lens_multimodal.data.parts import fill_pictures, image_part, message, normalise_messages, split_marks, text_part
+from sae_lens_multimodal.data.parts import (
+    fill_pictures,
+    image_part,
+    message,
+    normalise_messages,
+    split_marks,
+    text_part,
+)
 from sae_lens_multimodal.data.pictures import open_picture
 from sae_lens_multimodal.errors import DatasetError, PromptError
 
@@ -22,7 +29,7 @@ TEXT_COLUMNS = ("text", "texts", "caption", "captions", "txt")
 """Columns that hold text beside a picture, or text alone."""
 QUESTION_COLUMNS = ("question", "query", "prompt")
 """Columns that hold a question about the picture."""
-ANSWER_COLUMNS = ("answer", "answers", "response", "label_text")
+ANSWER_COLUMNS = ("answer", "answers", "response")
 """Columns that hold the answer to the question."""
 
 USABLE_COLUMNS = (*MESSAGE_COLUMNS, *IMAGE_COLUMNS, *TEXT_COLUMNS, *QUESTION_COLUMNS)
@@ -174,7 +181,9 @@ def _from_texts(given: Mapping[str, Any], key: str, pictures: list[Any]) -> list
         return _from_image_and_text(given, key, pictures)
     if len(texts) != len(pictures):
         if len(pictures) > 1 and len(texts) > 1:
-            raise PromptError(f"Got {len(texts)} texts and {len(pictures)} images; interleaved lists have equal lengths.")
+            raise PromptError(
+                f"Got {len(texts)} texts and {len(pictures)} images; interleaved lists have equal lengths."
+            )
         return _from_image_and_text(given, key, pictures)
     parts = []
     for text, picture in zip(texts, pictures, strict=True):

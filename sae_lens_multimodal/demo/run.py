@@ -42,6 +42,8 @@ from sae_lens_multimodal.training.runner import MultimodalSAETrainingRunner
 DEMO_KIND, SCHEMA_VERSION = "demo", 1
 TRAINING_ROWS = 1_000_000
 """More rows than any run uses: the stream never begins again."""
+TRAINING_KINDS = ("scene", "text", "text", "scene", "text", "text", "interleaved", "text", "text")
+"""A picture has ten times as many tokens as the words about it; rows of text alone even that out."""
 
 Say = Callable[[str], None]
 
@@ -134,7 +136,7 @@ def train_sae(model: VisionLanguageModel, settings: DemoSettings, output: Path) 
         output_path=str(output),
         seed=settings.seed,
     )
-    dataset = scenes_dataset(_data_seed(settings, 1), TRAINING_ROWS)
+    dataset = scenes_dataset(_data_seed(settings, 1), TRAINING_ROWS, kinds=TRAINING_KINDS)
     MultimodalSAETrainingRunner(config, override_dataset=dataset, override_model=model).run()
     return SAE.load_from_disk(output)
 

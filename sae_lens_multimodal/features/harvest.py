@@ -82,7 +82,7 @@ def harvest(
 
     Memory does not grow with the dataset (see `HarvestState` for the formula); the forward pass ends at the hook, and
     tokens are encoded a chunk at a time. A killed pass goes on where its last checkpoint was and leaves the same store
-    as an unbroken one.
+    as an unbroken one (on a GPU up to the order in which it adds floating-point numbers).
 
     Args:
         model: The model.

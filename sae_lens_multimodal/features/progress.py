@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from sae_lens_multimodal.data.rows import SkipReport
 from sae_lens_multimodal.errors import StoreError
-from sae_lens_multimodal.features.schema import PROGRESS_KIND, SCHEMA_VERSION, STORE_KIND, StorePaths
+from sae_lens_multimodal.features.schema import PROGRESS_KIND, SCHEMA_VERSION, STORE_KIND, TABLES, StorePaths
 from sae_lens_multimodal.features.state import HarvestState
 from sae_lens_multimodal.files import MANIFEST_NAME, read_manifest, write_atomically, write_manifest
 
@@ -63,7 +63,10 @@ class Progress:
             return Position(**json.loads(file.metadata()["position"]))
 
     def remove(self) -> None:
-        """Delete the folder: the pass is finished."""
+        """Delete the folder, and temporary files of a killed pass: this one is finished."""
+        for name in TABLES:
+            for leftover in self._paths.folder.glob(f".{name}.parquet.*"):
+                leftover.unlink()
         shutil.rmtree(self._paths.progress)
 
 

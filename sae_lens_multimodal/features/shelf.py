@@ -36,6 +36,7 @@ class PromptShelf:
         self.shards = list(shards)
         self._next = 1 + max((int(name.split("-")[1].split(".")[0]) for name in shards), default=-1)
         self._rows = sum(pq.read_metadata(paths.progress / name).num_rows for name in shards)
+        self._swept = False
 
     def add(self, row: PromptRow, images: Sequence[Image.Image]) -> None:
         """Put one prompt on the shelf; ids ascend."""
@@ -71,9 +72,12 @@ class PromptShelf:
         old, self.shards = self.shards, []
         self._write(_rows_of(self._paths.progress, old, live))
         self._rows = pq.read_metadata(self._paths.progress / self.shards[0]).num_rows
+        self._swept = True
 
     def remove_unused(self) -> None:
-        """Delete shards and pictures that no shard of ours names; to be called after a checkpoint."""
+        """Delete what a sweep left over, pictures included; to be called after a checkpoint."""
+        if not self._swept:
+            return
         for path in self._paths.progress.glob("prompts-*.parquet"):
             if path.name not in self.shards:
                 path.unlink()
@@ -82,6 +86,7 @@ class PromptShelf:
             ids = pq.read_table(self._paths.progress / name, columns=["image_ids"])["image_ids"]
             named.update(pc.list_flatten(ids).to_pylist())
         _remove_pictures(self._paths, named)
+        self._swept = False
 
     def finish(self, used: Sequence[int]) -> None:
         """Write the prompts and images tables of the finished store, and delete all other pictures.

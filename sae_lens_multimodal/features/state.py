@@ -51,9 +51,10 @@ class HarvestState:
     Row `m * features + f` of the lists is feature `f` by modality `m` (0 image, 1 text).
 
     Memory, with F features, T top, O ordinary and P pool places, and n tokens firing in a mean example:
-    `F * (2 * (44 * T + 24 * O) + 32 * P + 832)` bytes on the SAE's device, and on the CPU at most twice
-    `F * 2 * (2 * T + O) * (32 + 8 * n)`. At F = 131 072, T = O = 16, P = 32, that is 0.5 GiB and, for n = 20, some
-    2.2 GiB before sweeping. A batch adds what `SparseActivations` holds and 24 bytes for each of prompts * 2 * F.
+    `F * (2 * (44 * T + 24 * O) + 32 * P + 832)` bytes on the SAE's device, and in main memory at most twice
+    `F * 2 * (2 * T + O) * (32 + 8 * n)`, as firings that nothing refers to any more are swept only now and then. At
+    F = 131072, T = O = 16, P = 32, n = 20 that is 0.5 GiB and at most twice 2.3 GiB, reached if every list is full. A
+    batch adds what `SparseActivations` holds, and some 40 bytes for each of its prompts * 2 * F.
     """
 
     def __init__(self, quotas: Quotas, features: Int64[Tensor, "features"], d_sae: int) -> None:

@@ -47,8 +47,8 @@ def top_output_tokens(
         raise ConfigError(f"Got k={k}; expected 1 or more.")
     if sae.cfg.d_in != model.d_model:
         raise SAEMismatchError(
-            f"The SAE has d_in={sae.cfg.d_in}, but the residual stream of {model.name} has width {model.d_model}; output "
-            "tokens exist only for SAEs on the residual stream."
+            f"The SAE has d_in={sae.cfg.d_in}, but the residual stream of {model.name} has width {model.d_model}; "
+            "output tokens exist only for SAEs on the residual stream."
         )
     chosen = check_features(sae, features)
     plain = inference_sae(sae)
@@ -62,9 +62,7 @@ def top_output_tokens(
 
 
 @torch.no_grad()
-def output_logits(
-    model: VisionLanguageModel, directions: Float[Tensor, "n d_model"]
-) -> Float[Tensor, "n vocabulary"]:
+def output_logits(model: VisionLanguageModel, directions: Float[Tensor, "n d_model"]) -> Float[Tensor, "n vocabulary"]:
     """Logits that directions of the residual stream add; see `top_output_tokens` for what is computed."""
     norm: nn.Module = model._module.get_submodule(model.family.final_norm)
     unembedding: nn.Module = model._module.get_submodule(model.family.unembedding)

@@ -43,7 +43,9 @@ def check_sae(model: VisionLanguageModel, sae: SAE[Any], hook_name: str | None =
     """
     name = hook_name or sae.cfg.metadata.hook_name
     if not name:
-        raise SAEMismatchError("The SAE's metadata names no hook; pass hook_name=..., such as blocks.2.hook_resid_post.")
+        raise SAEMismatchError(
+            "The SAE's metadata names no hook; pass hook_name=..., such as blocks.2.hook_resid_post."
+        )
     hook = model.hooks.resolve(name)
     architecture = sae.cfg.architecture()
     if architecture in _TRANSCODERS:
@@ -105,7 +107,7 @@ def inference_sae(sae: SAE[Any]) -> SAE[Any]:
 def encode_chunks(
     sae: SAE[Any], acts: Float[Tensor, "tokens d_in"], chunk_tokens: int = CHUNK_TOKENS
 ) -> Iterator[tuple[slice, Float[Tensor, "chunk d_sae"]]]:
-    """Encode tokens a few at a time, so that no more than `chunk_tokens` × `d_sae` values exist at once.
+    """Encode tokens a few at a time, so that no more than `chunk_tokens` by `d_sae` values exist at once.
 
     SAE-Lens's own `encode` does the work: normalisation, decoder bias, precision and device are the SAE's.
 
@@ -133,7 +135,7 @@ def encode_tokens(
         sae: The SAE.
         acts: Activations; any leading dimensions. Heads must be flattened into one dimension.
         chunk_tokens: Tokens encoded at once.
-        features: The features to keep; None for all. With a few, memory stays at `chunk_tokens` × `d_sae` however
+        features: The features to keep; None for all. With a few, memory stays at `chunk_tokens` by `d_sae` however
             many tokens there are.
 
     Returns:

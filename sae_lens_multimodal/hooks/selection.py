@@ -26,7 +26,9 @@ StepName: TypeAlias = Literal["all", "prefill", "decoding"]
 LayoutMask: TypeAlias = Callable[[TokenLayout], Bool[Tensor, "batch seq"]]
 """A function from the layout of a forward pass to the positions meant."""
 
-Tokens: TypeAlias = "TokenName | Bool[Tensor, 'batch seq'] | Bool[Tensor, ' seq'] | Int[Tensor, ' n'] | Sequence[int] | LayoutMask"
+Tokens: TypeAlias = (
+    "TokenName | Bool[Tensor, 'batch seq'] | Bool[Tensor, ' seq'] | Int[Tensor, ' n'] | Sequence[int] | LayoutMask"
+)
 """A choice of tokens: by name, by mask, by position in the row, or by a function of the layout."""
 
 
@@ -205,7 +207,8 @@ def _fitted(tokens: Tensor, forward: ForwardPass) -> Tensor:
     outside = (tokens >= length) | (tokens < -length)
     if bool(outside.any()):
         raise SelectionError(
-            f"Got position {int(tokens[outside][0])}; the prompt has {length} tokens, so expected {-length} to {length - 1}."
+            f"Got position {int(tokens[outside][0])}; the prompt has {length} tokens, so expected {-length} to "
+            f"{length - 1}."
         )
     mask = torch.zeros(rows, length, dtype=torch.bool)
     mask[:, tokens.long().cpu()] = True

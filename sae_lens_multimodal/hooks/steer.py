@@ -54,7 +54,7 @@ def steer(
 ) -> VisionLanguageModel:
     """Return an edited copy of the model in which SAE features are changed; the original stays as it was.
 
-    At the chosen tokens the hook's value x becomes x + (z' − z)·W_dec, where z are the SAE's feature activations and
+    At the chosen tokens the hook's value x becomes x + (z' - z)·W_dec, where z are the SAE's feature activations and
     z' those after the changes: what the SAE does not reconstruct is kept. With `error="drop"` x becomes the
     reconstruction from z' instead. Everything else is left bit for bit. The copy shares the weights; it is steered in
     `generate`, `answer`, `trace` and everything that runs through them, in every batch, and can be steered again.

@@ -10,7 +10,6 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from sae_lens_multimodal.errors import ImageError
-from sae_lens_multimodal.files import write_bytes
 from sae_lens_multimodal.report.colours import heat_rgba
 from sae_lens_multimodal.report.view import PictureView
 
@@ -50,7 +49,9 @@ class Assets:
             with Image.open(source) as opened:
                 return self.picture(opened, alt=alt)
         except (OSError, UnidentifiedImageError) as error:
-            raise ImageError(f"{source} cannot be opened as a picture ({error}); give the report another file.") from error
+            raise ImageError(
+                f"{source} cannot be opened as a picture ({error}); give the report another file."
+            ) from error
 
     def thumbnail(self, image: Image.Image, *, alt: str) -> PictureView:
         """Write a small square view of a picture's middle."""
@@ -69,15 +70,15 @@ class Assets:
         if pixels not in self._known:
             content, suffix = _encoded(image)
             url = f"{FOLDER}/{pixels[:2]}/{pixels[2:]}{suffix}"
-            write_bytes(self._folder / url, content)
+            path = self._folder / url
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
             self._known[pixels] = PictureView(url=url, width=image.width, height=image.height)
         known = self._known[pixels]
         return PictureView(url=known.url, width=known.width, height=known.height, alt=alt)
 
 
-def _shrunk(
-    image: Image.Image, max_side: int, resample: Image.Resampling = Image.Resampling.LANCZOS
-) -> Image.Image:
+def _shrunk(image: Image.Image, max_side: int, resample: Image.Resampling = Image.Resampling.LANCZOS) -> Image.Image:
     """Return the picture with its longer side at most `max_side`."""
     factor = max_side / max(image.size)
     if factor >= 1:

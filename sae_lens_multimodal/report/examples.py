@@ -13,10 +13,13 @@ from sae_lens_multimodal.autointerp.regions import Region, find_regions
 from sae_lens_multimodal.autointerp.styles import RegionStyle
 from sae_lens_multimodal.features.schema import KINDS
 from sae_lens_multimodal.report.formats import number
-from sae_lens_multimodal.report.tokens import token_views
+from sae_lens_multimodal.report.tokens import token_views, with_blanks
 from sae_lens_multimodal.report.view import ExampleGroupView, ExampleView, HeatView, TokenView
+from sae_lens_multimodal.types import Modality
 
 if TYPE_CHECKING:
+    from jaxtyping import Float32
+
     from sae_lens_multimodal.features.store import Example, FeatureStore
     from sae_lens_multimodal.report.assets import Assets
 
@@ -64,29 +67,35 @@ def example_view(example: Example, assets: Assets, scales: Scales) -> ExampleVie
         max_activation=largest,
         mean_activation=example.mean_image if in_image else example.mean_text,
         level=min(1.0, largest / scale) if scale > 0 else 0.0,
-        pictures=_heat_views(example, assets, scales.image),
+        pictures=_heat_views(example, assets, scales.image, close=in_image),
         tokens=_tokens(example, scales),
     )
 
 
+def _heat(example: Example, image: int) -> Float32[np.ndarray, "h w"]:
+    """Activation over a picture, of its tiles or of the view of the whole, whichever is stronger at each place."""
+    return np.maximum(example.heatmap(image, "base"), example.heatmap(image, "tiles"))
+
+
 def _tokens(example: Example, scales: Scales) -> tuple[TokenView, ...]:
+    modality = np.asarray(example.layout.modality[0])
     return token_views(
-        example.tokens,
+        with_blanks(example.tokens, modality == Modality.TEXT, example.text),
         example.image_values,
         example.text_values,
-        np.asarray(example.layout.modality[0]),
+        modality,
         np.asarray(example.layout.image_index[0]),
         image_scale=scales.image,
         text_scale=scales.text,
     )
 
 
-def _heat_views(example: Example, assets: Assets, scale: float) -> tuple[HeatView, ...]:
-    """Show the prompt's pictures, the one with the largest activation first."""
+def _heat_views(example: Example, assets: Assets, scale: float, *, close: bool) -> tuple[HeatView, ...]:
+    """Show the prompt's pictures, the one with the largest activation first, with close views if asked for."""
     index, values = np.asarray(example.layout.image_index[0]), example.image_values
     peaks = [float(values[index == image].max(initial=0.0)) for image in range(len(example.images))]
     order = sorted(range(len(peaks)), key=lambda image: -peaks[image])
-    regions = find_regions(example) if scale > 0 else []
+    regions = find_regions(example) if close and scale > 0 else []
     return tuple(_heat_view(example, image, peaks[image], regions, assets, scale) for image in order[:MAX_PICTURES])
 
 
@@ -103,7 +112,7 @@ def _heat_view(
     cut = None if region is None else crop(picture, region, CROP_STYLE)
     return HeatView(
         picture=shown,
-        heat=assets.heat(example.heatmap(image) / scale),
+        heat=assets.heat(_heat(example, image) / scale),
         crop=None if cut is None else assets.picture(cut, alt=f"Close view of the most active region of {where}"),
         peak=peak,
     )

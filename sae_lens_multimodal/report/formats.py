@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
-DASH = "–"
+DASH = "\u2013"
 _VISIBLE = {"\n": "↵", "\t": "⇥", "\r": "␍"}
 
 
@@ -14,7 +13,7 @@ def share(value: float | None) -> str:
 
     Example:
         >>> share(0.5), share(0.0123), share(0.00004), share(0), share(None)
-        ('50 %', '1.2 %', '0.004 %', '0 %', '–')
+        ('50 %', '1.2 %', '0.004 %', '0 %', '\u2013')
     """
     if value is None or not math.isfinite(value):
         return DASH
@@ -31,7 +30,7 @@ def number(value: float | None) -> str:
 
     Example:
         >>> number(12.3456), number(0.5), number(1234.2), number(3), number(None)
-        ('12.3', '0.5', '1\u2009234', '3', '–')
+        ('12.3', '0.5', '1\u2009234', '3', '\u2013')
     """
     if value is None or not math.isfinite(value):
         return DASH
@@ -56,42 +55,32 @@ def score(value: float | None) -> str:
 
     Example:
         >>> score(0.873), score(1.0), score(-0.05), score(None)
-        ('.87', '1.00', '−.05', '–')
+        ('.87', '1.00', '\u2212.05', '\u2013')
     """
     if value is None or not math.isfinite(value):
         return DASH
     text = f"{abs(value):.2f}"
     text = text[1:] if text.startswith("0") else text
-    return f"−{text}" if value < 0 and text != ".00" else text
+    return f"\u2212{text}" if value < 0 and text != ".00" else text
 
 
-def cells(row: Sequence[str | int | float | None]) -> tuple[str, ...]:
-    """Spell a row of a table; its measured numbers get equally many decimals.
+def cell(value: str | int | float | None) -> str:
+    """Spell a cell of a table; measured numbers of one size get equally many decimals, so that columns line up.
 
     Example:
-        >>> cells(["fuzzing", 0.81, 0.3, None]), cells(["dead", 12, 1200.0]), cells([True])
-        (('fuzzing', '0.81', '0.30', '–'), ('dead', '12', '1\u2009200'), ('yes',))
+        >>> cell("L0"), cell(None), cell(0.3), cell(0.8125), cell(31.25), cell(12), cell(1234.6), cell(True)
+        ('L0', '\u2013', '0.300', '0.812', '31.2', '12', '1\u2009235', 'yes')
     """
-    measured = [value for value in row if isinstance(value, float) and math.isfinite(value) and abs(value) < 1000]
-    decimals = max((_decimals(value) for value in measured), default=0)
-    return tuple(_cell(value, decimals) for value in row)
-
-
-def _decimals(value: float) -> int:
-    text = number(value)
-    return len(text.partition(".")[2]) if "e" not in text else 0
-
-
-def _cell(value: str | int | float | None, decimals: int) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, str):
         return value
     if isinstance(value, int):
         return count(value)
-    if value is None or not math.isfinite(value) or abs(value) >= 1000 or "e" in number(value):
+    if value is None or not math.isfinite(value) or abs(value) >= 100 or 0 < abs(value) < 0.0005:
         return number(value)
-    return f"{value:.{decimals}f}"
+    decimals = 3 if abs(value) < 1 else 2 if abs(value) < 10 else 1
+    return f"{value:.{decimals}f}".replace("-", "\u2212")
 
 
 def visible(text: str) -> str:

@@ -6,11 +6,12 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sae_lens_multimodal.features.schema import MODALITIES
 from sae_lens_multimodal.report.examples import example_groups
-from sae_lens_multimodal.report.formats import cells, count
+from sae_lens_multimodal.report.formats import cell, count
 from sae_lens_multimodal.report.histogram import Whose, histogram_views
 from sae_lens_multimodal.report.judged import explanation_views, score_views, verdict_groups
 from sae_lens_multimodal.report.tokens import changes
@@ -176,7 +177,7 @@ def table_view(table: SummaryTable) -> TableView:
     return TableView(
         caption=table.caption,
         columns=tuple(table.columns),
-        rows=tuple(cells(row) for row in table.rows),
+        rows=tuple(tuple(cell(value) for value in row) for row in table.rows),
         note=table.note,
     )
 
@@ -187,12 +188,17 @@ def fact_views(store: FeatureStore, n_features: int) -> tuple[FactView, ...]:
     prompts = settings.get("n_prompts")
     tokens = settings.get("n_tokens") or {}
     facts = [
-        ("Model", settings.get("model_name")),
+        ("Model", _name_of(settings.get("model_name"))),
         ("Hook", store.hook_name),
-        ("Dataset", settings.get("dataset")),
+        ("Dataset", _name_of((settings.get("dataset") or {}).get("name"))),
         ("Dictionary", f"{count(store.d_sae)} features"),
         ("Alive here", count(n_features)),
         ("Prompts", count(prompts) if isinstance(prompts, int) else None),
         *((f"{name.capitalize()} tokens", count(tokens[name])) for name in MODALITIES if tokens.get(name)),
     ]
     return tuple(FactView(name=name, value=str(value)) for name, value in facts if value)
+
+
+def _name_of(source: str | None) -> str | None:
+    """Name a model or dataset; of a folder on this machine only the last part."""
+    return Path(source).name if source and Path(source).is_absolute() else source

@@ -1,11 +1,11 @@
-"""What a caller hands to the report and no lower layer defines: steered answers and summary tables."""
+"""What a caller hands to the report and no lower layer defines: output tokens, steered answers and summary tables."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from PIL import Image
 
@@ -27,6 +27,14 @@ class SteeringRecord:
     """What was changed, in a few words: "set to 8 on image tokens"."""
     image: Image.Image | Path | None = None
     """The picture that was asked about."""
+
+
+class OutputToken(NamedTuple):
+    """A token that a feature writes towards, as `top_output_tokens` gives it."""
+
+    token: str
+    logit: float
+    """Direct effect on the token's logit."""
 
 
 @dataclass(frozen=True, kw_only=True)

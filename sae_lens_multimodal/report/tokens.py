@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,7 +15,7 @@ from sae_lens_multimodal.report.view import SpanView, TokenView
 from sae_lens_multimodal.types import Modality
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int
+    from jaxtyping import Bool, Float, Int
 
 MAX_TOKENS = 120
 """Tokens of text shown around the largest activation."""
@@ -59,6 +60,28 @@ def token_views(
             name = "special" if kind == Modality.SPECIAL else "text"
             views.append(_token(visible(token), name, float(said), text_scale))
     return _window(views, max_tokens)
+
+
+def with_blanks(tokens: Sequence[str], is_text: Bool[np.ndarray, " seq"], said: str) -> list[str]:
+    """Put a blank before each token of text, for tokenizers whose tokens hold none though the text has them.
+
+    Args:
+        tokens: what each token says.
+        is_text: which of them are text.
+        said: the text that they were made from.
+
+    Example:
+        >>> with_blanks(["<s>", "a", "dot"], np.array([False, True, True]), "user: a dot")
+        ['<s>', ' a', ' dot']
+        >>> with_blanks(["a", " dot"], np.array([True, True]), "a dot")
+        ['a', ' dot']
+    """
+    words = [token for token, inside in zip(tokens, is_text, strict=True) if inside]
+    if any(word[:1].isspace() or word[-1:].isspace() for word in words):
+        return list(tokens)
+    if not any(f"{word} {following}" in said for word, following in pairwise(words)):
+        return list(tokens)
+    return [f" {token}" if inside else token for token, inside in zip(tokens, is_text, strict=True)]
 
 
 def snippet(views: Sequence[TokenView], *, reach: int = 6) -> tuple[str, str, str]:

@@ -25,7 +25,9 @@ def ask_attribute(objects: Sequence[Attributes], rng: np.random.Generator) -> q.
     for index in order:
         target = objects[index]
         kind = [k for k in PHRASE_ORDER if k in target][rng.integers(len(target))]
-        keys = [("shape",), ("texture", "shape")] if kind == "colour" else [("colour",), ("shape",), ("colour", "shape")]
+        keys = (
+            [("shape",), ("texture", "shape")] if kind == "colour" else [("colour",), ("shape",), ("colour", "shape")]
+        )
         for k in rng.permutation(len(keys)):
             key = {name: target[name] for name in keys[k] if name != kind}
             if key and sum(q.matches(one, key) for one in objects) == 1:
@@ -117,7 +119,9 @@ def draw_group(rng: np.random.Generator, count: int) -> list[dict[str, str]]:
     while True:
         fixed: dict[str, str] = {}
         if rng.random() < 0.7:
-            kinds = [k for k in ("colour", "texture", "shape", "glyph") if rng.random() < (0.12 if k == "glyph" else 0.4)]
+            kinds = [
+                k for k in ("colour", "texture", "shape", "glyph") if rng.random() < (0.12 if k == "glyph" else 0.4)
+            ]
             fixed = {kind: draw_value(kind, rng) for kind in kinds}
         group = [{**draw_objects(rng, 1)[0], **fixed} for _ in range(count)]
         held = any((one["colour"], one["texture"], one["shape"]) in HELD_OUT for one in group)

@@ -161,7 +161,9 @@ def _draw_crops(
     while len(crops) < size:
         attempt += 1
         scene = make_scene(seed * 4096 + attempt)
-        options = [k for k, one in enumerate(scene.objects) if _fits(one.attributes, [c[1] for c in crops], fixed, size)]
+        options = [
+            k for k, one in enumerate(scene.objects) if _fits(one.attributes, [c[1] for c in crops], fixed, size)
+        ]
         if options:
             crop = make_crop(scene, options[rng.integers(len(options))], rng)
             crops.append((crop.image, crop.attributes))

@@ -55,11 +55,11 @@ def fast_attention(model: LlavaNextForConditionalGeneration) -> Iterator[None]:
 
     AttentionInterface.register(NAME, attend)
     configs = (model.config.text_config, model.config.vision_config)
-    before = [one._attn_implementation for one in configs]  # noqa: SLF001 - transformers has no public name for it
+    before = [one._attn_implementation for one in configs]
     for one in configs:
-        one._attn_implementation = NAME  # noqa: SLF001
+        one._attn_implementation = NAME
     try:
         yield
     finally:
         for one, name in zip(configs, before, strict=True):
-            one._attn_implementation = name  # noqa: SLF001
+            one._attn_implementation = name

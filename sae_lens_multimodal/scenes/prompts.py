@@ -67,6 +67,7 @@ class Prompter:
         self._scenes, self._crops = np.flatnonzero(~is_crop), np.flatnonzero(is_crop)
         self._whole = np.flatnonzero(whole)
         self._whole_seen = pool.seen[self._whole]
+        self._whole_tokens = np.diff(pool.layout_start)[self._whole]
 
     def _pick(self, pictures: NDArray[np.int64]) -> int:
         """Draw one of some pictures."""
@@ -80,8 +81,12 @@ class Prompter:
         prompt.questions = [_list(objects)]
         prompt.questions += [asking.ask_presence(objects, rng) for _ in range(3)]
         prompt.questions += [self._single(objects) for _ in range(2)]
-        prompt.questions += [asking.ask_attribute(objects, rng) for _ in range(4)]
-        prompt.questions.append(asking.ask_leading(objects, rng))
+        prompt.questions += [asking.ask_attribute(objects, rng) for _ in range(2)]
+        prompt.questions += [q.attribute_question(objects, {"colour": one["colour"]}, "shape") for one in objects]
+        lettered = [one for one in objects if "glyph" in one]
+        prompt.questions += [q.attribute_question(objects, {"colour": one["colour"]}, "glyph") for one in lettered]
+        if rng.random() < 0.5:
+            prompt.questions.append(asking.ask_leading(objects, rng))
         return prompt
 
     def _single(self, objects: Sequence[dict[str, str]]) -> q.Question:
@@ -102,28 +107,36 @@ class Prompter:
         prompt.questions += [asking.ask_crop(seen, self.rng) for _ in range(4)]
         return prompt
 
-    def group(self) -> Prompt:
-        """Ask what several crops have in common, and judge them together."""
+    def group(self, max_image_tokens: int = 400) -> Prompt:
+        """Ask what several crops have in common, and judge them together.
+
+        Args:
+            max_image_tokens: roughly how many tokens the crops may have together, as attention is quadratic.
+        """
         prompt = Prompt()
-        for picture in self._alike(int(self.rng.choice((2, 3, 4, 5), p=(0.35, 0.3, 0.2, 0.15)))):
+        count = int(self.rng.choice((2, 3, 4, 5), p=(0.3, 0.3, 0.2, 0.2)))
+        for picture in self._alike(count, max_image_tokens // count):
             prompt.show(picture)
         seen = [self.pool.seen_attributes(p) for p in prompt.pictures]
         prompt.questions = [q.common_question(seen)] + [asking.ask_group(seen, self.rng) for _ in range(3)]
         return prompt
 
-    def _alike(self, count: int) -> list[int]:
+    def long_group(self) -> Prompt:
+        """Ask about crops of any size."""
+        return self.group(max_image_tokens=2000)
+
+    def _alike(self, count: int, max_tokens: int) -> list[int]:
         """Draw crops of which two thirds of the groups share something on purpose, the others nothing."""
         rng = self.rng
         while True:
             fixed = [k for k, kind in enumerate(KIND_ORDER) if rng.random() < (0.15 if kind == "glyph" else 0.35)]
             if rng.random() < 0.35:
                 fixed = []
-            rows = np.arange(len(self._whole))
+            fits = self._whole_tokens <= max_tokens
             if fixed:
                 like = self._whole_seen[rng.integers(len(self._whole))]
-                rows = np.flatnonzero(
-                    (self._whole_seen[:, fixed] == like[fixed]).all(axis=1) & (like[fixed] >= 0).all()
-                )
+                fits = fits & (self._whole_seen[:, fixed] == like[fixed]).all(axis=1) & (like[fixed] >= 0).all()
+            rows = np.flatnonzero(fits)
             if len(rows) < count:
                 continue
             chosen = rows[rng.integers(len(rows), size=count)]
@@ -142,7 +155,8 @@ class Prompter:
             return prompt
         objects = asking.draw_objects(rng, int(rng.integers(1, 6)))
         prompt.tell(asking.text_context(objects))
-        prompt.questions = [_list(objects), *(asking.ask_scene(objects, rng) for _ in range(5))]
+        prompt.questions = [_list(objects), *(asking.ask_scene(objects, rng) for _ in range(4))]
+        prompt.questions += [q.attribute_question(objects, {"colour": one["colour"]}, "shape") for one in objects]
         return prompt
 
     def captioned(self) -> Prompt:

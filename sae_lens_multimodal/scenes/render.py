@@ -111,9 +111,7 @@ def _paint(canvas: NDArray[np.float32], owner: NDArray[np.int8], figure: Figure,
     owner[y0:y1, x0:x1][stencil] = index
 
 
-def _stencil(
-    size: tuple[int, int], figure: Figure, centre: tuple[float, float], radius: float
-) -> NDArray[np.bool_]:
+def _stencil(size: tuple[int, int], figure: Figure, centre: tuple[float, float], radius: float) -> NDArray[np.bool_]:
     """Fill the outline of a figure: bool [h, w]."""
     layer = Image.new("1", size)
     draw = ImageDraw.Draw(layer)
@@ -144,9 +142,7 @@ def _outline(shape: str, centre: tuple[float, float], radius: float, tilt: float
     return [(centre[0] + x * cos - y * sin, centre[1] + x * sin + y * cos) for x, y in corners]
 
 
-def _ink(
-    size: tuple[int, int], figure: Figure, centre: tuple[float, float], radius: float
-) -> NDArray[np.float32]:
+def _ink(size: tuple[int, int], figure: Figure, centre: tuple[float, float], radius: float) -> NDArray[np.float32]:
     """Return the paint of a figure, stripes and glyph included: [h, w, 3]."""
     colour = np.asarray(COLOUR_RGB[figure.colour], dtype=np.float32)
     ink = np.broadcast_to(colour, (size[1], size[0], 3)).copy()

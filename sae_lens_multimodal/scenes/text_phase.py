@@ -1,4 +1,4 @@
-"""Second and third phase of training: the text model on made-up patches, then everything on real ones."""
+"""Second phase of training: the text model learns to answer, on patches made up from labels."""
 
 from __future__ import annotations
 
@@ -12,16 +12,7 @@ from sae_lens_multimodal.scenes.packing import answer_loss, pack
 from sae_lens_multimodal.scenes.pool import KIND_ORDER, NEWLINE, Pool
 from sae_lens_multimodal.scenes.prompts import Prompt, Prompter
 from sae_lens_multimodal.scenes.training_state import Phase
-from sae_lens_multimodal.scenes.vision_phase import (
-    BACKGROUND_ID,
-    WORD_IDS,
-    dense_loss,
-    patch_classes,
-    patch_features,
-    picture_tokens,
-    pixels,
-    targets,
-)
+from sae_lens_multimodal.scenes.vision_phase import BACKGROUND_ID, WORD_IDS, patch_classes, targets
 from sae_lens_multimodal.scenes.words import ATTRIBUTES
 
 if TYPE_CHECKING:
@@ -31,22 +22,26 @@ if TYPE_CHECKING:
     from transformers import LlavaNextForConditionalGeneration
 
 Batches = dict[str, list[Prompt]]
-_BATCH_WEIGHTS = {"scene": 1.0, "crop": 0.5, "group": 1.0, "text": 0.5, "mixed": 0.3}
+BATCH_WEIGHTS = {"scene": 1.0, "crop": 0.5, "group": 1.0, "long": 0.2, "text": 1.0, "mixed": 0.3}
 
 
-def draw_batches(prompter: Prompter, sizes: dict[str, int]) -> Batches:
+def draw_batches(prompter: Prompter, sizes: dict[str, float]) -> Batches:
     """Draw prompts of similar length together.
 
     Args:
         prompter: where prompts come from.
-        sizes: prompts of each batch: scene, crop, group, text, mixed.
+        sizes: prompts of each batch: scene, crop, group, long, text, mixed; 0.25 is one prompt in every fourth call.
     """
-    makers = {"scene": prompter.scene, "crop": prompter.crop, "group": prompter.group, "text": prompter.text}
-    out = {name: [maker() for _ in range(sizes[name])] for name, maker in makers.items() if sizes.get(name)}
-    if sizes.get("mixed"):
-        mixed = (prompter.captioned, prompter.talk)
-        out["mixed"] = [mixed[k % 2]() for k in range(sizes["mixed"])]
-    return out
+    makers = {
+        "scene": prompter.scene,
+        "crop": prompter.crop,
+        "group": prompter.group,
+        "long": prompter.long_group,
+        "text": prompter.text,
+        "mixed": prompter.captioned if prompter.rng.random() < 0.5 else prompter.talk,
+    }
+    counts = {name: int(sizes.get(name, 0) + prompter.rng.random()) for name in makers}
+    return {name: [maker() for _ in range(counts[name])] for name, maker in makers.items() if counts[name]}
 
 
 # Made-up patches ----------------------------------------------------------------------------------------------
@@ -102,7 +97,15 @@ def _blurred(
     return features + scale * noise
 
 
-def train_text(model: LlavaNextForConditionalGeneration, pool: Pool, folder: Path, *, n_steps: int) -> None:
+def train_text(
+    model: LlavaNextForConditionalGeneration,
+    pool: Pool,
+    folder: Path,
+    *,
+    n_steps: int,
+    name: str = "text",
+    rate: float = 2e-3,
+) -> None:
     """Teach the text model on made-up patches, few at first; resumes from its checkpoint.
 
     Args:
@@ -110,19 +113,21 @@ def train_text(model: LlavaNextForConditionalGeneration, pool: Pool, folder: Pat
         pool: the pictures' labels.
         folder: of checkpoints.
         n_steps: optimiser steps.
+        name: of the checkpoint.
+        rate: top learning rate.
     """
     embedding = model.get_input_embeddings().weight
     embedding.requires_grad_(False)
     parts = torch.nn.ModuleDict({"text": model.model.language_model})
     parts.register_parameter("newline", model.model.image_newline)
     trained = [p for p in parts.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=2e-3, weight_decay=0.02, betas=(0.9, 0.98))
-    phase = Phase(name="text", folder=folder, module=parts, optimizer=optimizer, n_steps=n_steps)
-    sizes = {"scene": 12, "crop": 6, "group": 10, "text": 8, "mixed": 1}
+    optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.02, betas=(0.9, 0.99))
+    phase = Phase(name=name, folder=folder, module=parts, optimizer=optimizer, n_steps=n_steps)
+    sizes: dict[str, float] = {"scene": 14, "crop": 3, "group": 6, "text": 12, "mixed": 0.5}
     with fast_attention(model):
         while not phase.done:
-            rng = np.random.default_rng((phase.step, 4))
-            keep = 0.05 + 0.55 * max(0.0, phase.step / n_steps - 0.5) / 0.5
+            rng = np.random.default_rng((phase.step, 4, *name.encode()))
+            keep = 0.05 + 0.35 * max(0.0, phase.step / n_steps - 0.6) / 0.4
             _text_step(model, pool, phase, Prompter(pool, rng), draw_sizes=sizes, keep=keep)
     embedding.requires_grad_(True)
 
@@ -133,7 +138,7 @@ def _text_step(
     phase: Phase,
     prompter: Prompter,
     *,
-    draw_sizes: dict[str, int],
+    draw_sizes: dict[str, float],
     keep: float,
 ) -> None:
     """Take one step on made-up patches."""
@@ -141,62 +146,6 @@ def _text_step(
     for name, prompts in draw_batches(prompter, draw_sizes).items():
         tokens = [made_up_tokens(pool, p, model, prompter.rng, keep) for one in prompts for p in one.pictures]
         loss, right = answer_loss(model, pack(prompts, [len(t) for t in tokens]), tokens)
-        total = total + _BATCH_WEIGHTS[name] * loss
+        total = total + BATCH_WEIGHTS[name] * loss
         numbers |= {f"{name}_{key}": value for key, value in right.items()}
     phase.update(total, **numbers)
-
-
-# Real pictures ------------------------------------------------------------------------------------------------
-
-
-def train_joint(
-    model: LlavaNextForConditionalGeneration,
-    pool: Pool,
-    folder: Path,
-    *,
-    n_steps: int,
-    sizes: dict[str, int],
-    name: str = "joint",
-    rate: float = 8e-4,
-) -> None:
-    """Train everything on real pictures; patch labels stay as a second aim. Resumes from its checkpoint.
-
-    Args:
-        model: changed in place.
-        pool: the pictures.
-        folder: of checkpoints.
-        n_steps: optimiser steps.
-        sizes: prompts a step: scene, crop, group, text, mixed.
-        name: of the checkpoint.
-        rate: top learning rate of the text model; the vision tower has half of it.
-    """
-    seeing = [*model.model.vision_tower.parameters(), *model.model.multi_modal_projector.parameters()]
-    known = {id(p) for p in seeing}
-    rest = [p for p in model.parameters() if id(p) not in known]
-    groups = [{"params": rest, "lr": rate}, {"params": seeing, "lr": rate / 2}]
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.02, betas=(0.9, 0.98))
-    phase = Phase(name=name, folder=folder, module=model, optimizer=optimizer, n_steps=n_steps)
-    with fast_attention(model):
-        while not phase.done:
-            rng = np.random.default_rng((phase.step, 5))
-            total, numbers = torch.zeros(()), {}
-            for batch, prompts in draw_batches(Prompter(pool, rng), sizes).items():
-                tokens, dense = _seen(model, pool, prompts)
-                loss, right = answer_loss(model, pack(prompts, [len(t) for t in tokens]), tokens)
-                total = total + _BATCH_WEIGHTS[batch] * loss + 0.1 * dense
-                numbers |= {f"{batch}_{key}": value for key, value in right.items()}
-            phase.update(total, **numbers)
-
-
-def _seen(
-    model: LlavaNextForConditionalGeneration, pool: Pool, prompts: list[Prompt]
-) -> tuple[list[Tensor], Tensor]:
-    """Look at the pictures of some prompts: their tokens, and how far patches are from their labels."""
-    pictures = np.array([p for one in prompts for p in one.pictures], dtype=np.int64)
-    if not len(pictures):
-        return [], torch.zeros(())
-    tiles, classes = patch_classes(pool, pictures)
-    with torch.autocast("cpu", torch.bfloat16):
-        features = patch_features(model, pixels(pool, tiles))
-    dense, _ = dense_loss(features, model.get_input_embeddings().weight, torch.from_numpy(classes))
-    return picture_tokens(features, model.model.image_newline, pool, pictures), dense

@@ -53,7 +53,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     from transformers import PreTrainedTokenizerFast
 
     vocabulary = {word: index for index, word in enumerate((*SPECIALS, *WORDS))}
-    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))  # noqa: S106
+    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     inner.add_special_tokens(list(SPECIALS))
     inner.normalizer = normalizers.Lowercase()
     inner.pre_tokenizer = pre_tokenizers.Sequence(
@@ -61,10 +61,10 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=inner,
-        pad_token="<pad>",  # noqa: S106
-        bos_token="<bos>",  # noqa: S106
-        eos_token="<eos>",  # noqa: S106
-        unk_token="<unk>",  # noqa: S106
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        unk_token="<unk>",
         extra_special_tokens={"image_token": "<image>", "user_token": "<user>", "assistant_token": "<assistant>"},
         padding_side="left",
         model_max_length=4096,
@@ -92,7 +92,7 @@ def build_processor() -> LlavaNextProcessor:
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
         chat_template=CHAT_TEMPLATE,
-        image_token="<image>",  # noqa: S106
+        image_token="<image>",
     )
 
 

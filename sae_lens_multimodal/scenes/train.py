@@ -11,6 +11,8 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sae_lens_multimodal.scenes.plans import Plan
+
 if TYPE_CHECKING:
     from transformers import LlavaNextForConditionalGeneration
 
@@ -18,8 +20,26 @@ logger = logging.getLogger(__name__)
 
 PHASES: tuple[str, ...] = ("vision", "text", "joint")
 N_SCENES = 16_000
-VISION_STEPS, TEXT_STEPS, JOINT_STEPS = 1600, 1400, 2000
-JOINT_SIZES: dict[str, int] = {"scene": 14, "crop": 12, "group": 10, "text": 10, "mixed": 2}
+VISION_STEPS, SMALL_STEPS, MORE_STEPS = 1400, 1000, 2400
+TEXT_STEPS, TEXT_MORE_STEPS, TEXT_MORE_RATE = 720, 330, 7e-4
+PLANS: tuple[Plan, ...] = (
+    Plan(
+        name="seen",
+        n_steps=1300,
+        sizes={"scene": 20, "crop": 2, "group": 4, "long": 0.1, "text": 7, "mixed": 0.25},
+        rate=1e-3,
+        vision_rate=0.0,
+        keep=0.2,
+    ),
+    Plan(
+        name="joint",
+        n_steps=600,
+        sizes={"scene": 12, "crop": 4, "group": 5, "long": 0.5, "text": 3, "mixed": 0.5},
+        rate=5e-4,
+        vision_rate=1.5e-4,
+        keep=1.0,
+    ),
+)
 
 
 def train(
@@ -38,22 +58,30 @@ def train(
     """
     import torch
 
+    from sae_lens_multimodal.scenes.joint_phase import train_joint
     from sae_lens_multimodal.scenes.pool import build_pool
-    from sae_lens_multimodal.scenes.text_phase import train_joint, train_text
+    from sae_lens_multimodal.scenes.text_phase import train_text
     from sae_lens_multimodal.scenes.tiny_config import build_model, save_folder
     from sae_lens_multimodal.scenes.vision_phase import train_vision
 
+    def steps(full: int) -> int:
+        return max(1, round(full * scale))
+
     torch.set_num_threads(threads)
     work = output / "work"
-    pool = build_pool(work, max(64, round(N_SCENES * scale)), workers=threads)
+    pool = build_pool(work, max(400, round(N_SCENES * scale)), workers=threads)
     model = build_model()
     if only in (None, "vision", "joint"):
-        train_vision(model, pool, work, n_steps=round(VISION_STEPS * scale))
+        train_vision(model, pool, work, n_steps=steps(VISION_STEPS))
+        train_vision(model, pool, work, n_steps=steps(SMALL_STEPS), small=True, name="vision_small")
+        train_vision(model, pool, work, n_steps=steps(MORE_STEPS), small=True, name="vision_more")
     if only in (None, "text", "joint"):
-        train_text(model, pool, work, n_steps=round(TEXT_STEPS * scale))
+        train_text(model, pool, work, n_steps=steps(TEXT_STEPS))
+        train_text(model, pool, work, n_steps=steps(TEXT_MORE_STEPS), name="text_more", rate=TEXT_MORE_RATE)
     if only in (None, "joint"):
-        train_joint(model, pool, work, n_steps=round(JOINT_STEPS * scale), sizes=JOINT_SIZES)
-        save_folder(model, output)
+        for plan in PLANS:
+            train_joint(model, pool, work, plan._replace(n_steps=steps(plan.n_steps)))
+        save_folder(model, str(output))
     return model
 
 

@@ -78,7 +78,7 @@ class Truth:
         return {value: float(matrix[:, column].max()) for value, column in columns.items()}
 
 
-class _Firings(NamedTuple):
+class Firings(NamedTuple):
     """Every non-zero activation on the tokens of one modality."""
 
     token: NDArray[np.int64]
@@ -110,7 +110,7 @@ def fit_features(
     """
     hook = check_sae(model, sae, hook_name)
     labels: dict[Modality, list[NDArray[np.int8]]] = {modality: [] for modality in MODALITIES}
-    firings: dict[Modality, list[_Firings]] = {modality: [] for modality in MODALITIES}
+    firings: dict[Modality, list[Firings]] = {modality: [] for modality in MODALITIES}
     n_tokens = dict.fromkeys(MODALITIES, 0)
     for group in encoded_batches(model, read_prompts(list(rows)), batch_size=batch_size):
         batch, prompts = group.batch, group.prompts
@@ -124,7 +124,7 @@ def fit_features(
                 chosen = (layout.modality[0] == modality).nonzero()[:, 0]
                 values = encode_tokens(sae, activations[row, chosen]).cpu().numpy()
                 token, feature = values.nonzero()
-                firings[modality].append(_Firings(token + n_tokens[modality], feature, values[token, feature]))
+                firings[modality].append(Firings(token + n_tokens[modality], feature, values[token, feature]))
                 labels[modality].append(truth[chosen.cpu().numpy()])
                 n_tokens[modality] += len(chosen)
     fits = {
@@ -147,7 +147,16 @@ def token_labels(scenes: Sequence[Scene], layout: TokenLayout, words: Sequence[s
 
     Returns:
         int8 [seq, concepts]: PRESENT, ABSENT or UNSURE, in the order of CONCEPTS.
+
+    Raises:
+        ValueError: the pictures are not the scenes.
     """
+    sizes = tuple(scene.image.size for scene in scenes)
+    if sizes != layout.image_sizes[0]:
+        raise ValueError(
+            f"the prompt's pictures have sizes {layout.image_sizes[0]}, its scenes {sizes}: a picture is not the scene "
+            "that it was cut from; use rows of the kinds 'scene' and 'text'."
+        )
     labels = np.full((len(words), len(CONCEPTS)), ABSENT, dtype=np.int8)
     modality = layout.modality[0].cpu().numpy()
     for position in np.flatnonzero(modality == Modality.TEXT):
@@ -190,7 +199,7 @@ def mask_share(mask: NDArray[np.bool_], boxes: NDArray[np.float32]) -> NDArray[n
     return np.asarray(inside / ((x1 - x0) * (y1 - y0)))
 
 
-def concept_precisions(firings: _Firings, labels: NDArray[np.int8], *, n_features: int) -> NDArray[np.float64]:
+def concept_precisions(firings: Firings, labels: NDArray[np.int8], *, n_features: int) -> NDArray[np.float64]:
     """Return the average precision of every feature for every concept.
 
     AP = sum over k of (recall_k - recall_{k-1}) * precision_k over tokens by falling activation, all silent tokens
@@ -229,12 +238,12 @@ def _concept_mask(scene: Scene, concept: Concept) -> NDArray[np.bool_]:
     return mask
 
 
-def _joined(parts: Sequence[_Firings]) -> _Firings:
+def _joined(parts: Sequence[Firings]) -> Firings:
     """Put the firings of all prompts behind one another."""
-    return _Firings(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+    return Firings(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
 
-def _active_counts(parts: Sequence[_Firings], n_features: int) -> NDArray[np.int64]:
+def _active_counts(parts: Sequence[Firings], n_features: int) -> NDArray[np.int64]:
     """Count on how many tokens each feature fires."""
     return np.bincount(_joined(parts).feature, minlength=n_features)
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 _SHARPNESS = 10.0
 _UNDECIDED = -100
+_BACKGROUND_WEIGHT = 0.25
 _ID = {word: index for index, word in enumerate((*SPECIALS, *WORDS))}
 WORD_IDS: dict[str, list[int]] = {kind: [_ID[value] for value in ATTRIBUTES[kind]] for kind in KIND_ORDER}
 BACKGROUND_ID = _ID["background"]
@@ -102,18 +103,26 @@ def dense_loss(features: Tensor, embedding: Tensor, classes: Tensor) -> tuple[Te
     """
     embedding = embedding.detach()
     decided = classes[..., 0] != _UNDECIDED
-    loss = 20 * functional.mse_loss(features[decided], targets(embedding, classes)[decided])
+    bare = classes[..., 0] == len(ATTRIBUTES["colour"])
+    weights = torch.where(bare, _BACKGROUND_WEIGHT, 1.0) * decided
+    weights = weights / weights.sum()
+    loss = 20 * (weights * (features - targets(embedding, classes)).square().mean(-1)).sum()
     right = []
     for k, kind in enumerate(KIND_ORDER):
         scores = _SHARPNESS * (features @ embedding[WORD_IDS[kind]].T - 0.5)
         scores = torch.cat([scores, torch.zeros_like(scores[..., :1])], dim=-1)
-        loss = loss + functional.cross_entropy(scores.flatten(0, 1), classes[..., k].flatten(), ignore_index=_UNDECIDED)
+        each = functional.cross_entropy(
+            scores.flatten(0, 1), classes[..., k].flatten(), ignore_index=_UNDECIDED, reduction="none"
+        )
+        loss = loss + (weights.flatten() * each).sum()
         real = decided & (classes[..., k] < len(ATTRIBUTES[kind]))
         right.append(float((scores.argmax(-1) == classes[..., k])[real].float().mean()))
     return loss, right
 
 
-def picture_tokens(features: Tensor, newline: Tensor, pool: Pool, pictures: NDArray[np.int64]) -> list[Tensor]:
+def picture_tokens(
+    features: Tensor, newline: Tensor, pool: Pool, pictures: NDArray[np.int64], keep: NDArray[np.bool_] | None = None
+) -> list[Tensor]:
     """Lay patches out as transformers does: for every picture [tokens, width].
 
     Args:
@@ -121,19 +130,26 @@ def picture_tokens(features: Tensor, newline: Tensor, pool: Pool, pictures: NDAr
         newline: [width].
         pool: the pictures.
         pictures: which, [n].
+        keep: for every token of these pictures, in order, whether it stays although it shows no object; None: all stay.
     """
     flat = torch.cat([features.reshape(-1, features.shape[-1]), newline[None]])
-    out, first = [], 0
+    out, first, seen = [], 0, 0
     for picture in pictures:
         layout = pool.layout[pool.layout_start[picture] : pool.layout_start[picture + 1]].astype(np.int64)
         places = np.where(layout == NEWLINE, len(flat) - 1, layout + first * PATCHES)
+        if keep is not None:
+            owner = pool.owner[pool.tile_start[picture] : pool.tile_start[picture + 1]].reshape(-1)
+            kept = keep[seen : seen + len(layout)].copy()
+            kept |= (layout != NEWLINE) & (owner[np.clip(layout, 0, None)] != -1)
+            kept[-1] = True
+            seen, places = seen + len(layout), places[kept]
         out.append(flat[torch.from_numpy(places)])
         first += int(pool.tile_start[picture + 1] - pool.tile_start[picture])
     return out
 
 
 def draw_tiles(
-    pool: Pool, rng: np.random.Generator, count: int, easy: float
+    pool: Pool, rng: np.random.Generator, count: int, easy: float, small: float
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Draw tiles to learn from: their indices and the pictures they belong to, both [count].
 
@@ -142,15 +158,26 @@ def draw_tiles(
         rng: source of the choice.
         count: how many tiles.
         easy: share of base views of crops, where one object fills the tile.
+        small: share of tiles and base views of scenes, where objects are small; the rest is any tile.
     """
-    n_easy = round(count * easy)
-    crops = rng.choice(np.flatnonzero(pool.shown >= 0), size=n_easy)
-    others = rng.integers(len(pool.tiles), size=count - n_easy)
+    crops = rng.choice(np.flatnonzero(pool.shown >= 0), size=round(count * easy))
+    scenes = rng.choice(np.flatnonzero(pool.shown < 0), size=round(count * small))
+    n_tiles = pool.tile_start[scenes + 1] - pool.tile_start[scenes]
+    of_scenes = pool.tile_start[scenes] + rng.integers(n_tiles)
+    others = rng.integers(len(pool.tiles), size=count - len(crops) - len(scenes))
     of_others = np.searchsorted(pool.tile_start, others, side="right") - 1
-    return np.concatenate([pool.tile_start[crops], others]), np.concatenate([crops, of_others])
+    return np.concatenate([pool.tile_start[crops], of_scenes, others]), np.concatenate([crops, scenes, of_others])
 
 
-def train_vision(model: LlavaNextForConditionalGeneration, pool: Pool, folder: Path, *, n_steps: int) -> None:
+def train_vision(
+    model: LlavaNextForConditionalGeneration,
+    pool: Pool,
+    folder: Path,
+    *,
+    n_steps: int,
+    small: bool = False,
+    name: str = "vision",
+) -> None:
     """Train vision tower and projector on patch labels, easy tiles first; resumes from its checkpoint.
 
     Without the easy start (whole objects that fill a tile) shapes are not learnt at all for hundreds of steps.
@@ -160,16 +187,18 @@ def train_vision(model: LlavaNextForConditionalGeneration, pool: Pool, folder: P
         pool: the pictures.
         folder: of checkpoints.
         n_steps: optimiser steps of 144 tiles.
+        small: take up mostly the small objects of scenes, after a first run on the easy tiles.
+        name: of the checkpoint.
     """
     parts = torch.nn.ModuleList([model.model.vision_tower, model.model.multi_modal_projector])
     optimizer = torch.optim.AdamW(parts.parameters(), lr=1.5e-3, weight_decay=0.02, betas=(0.9, 0.98))
-    phase = Phase(name="vision", folder=folder, module=parts, optimizer=optimizer, n_steps=n_steps)
+    phase = Phase(name=name, folder=folder, module=parts, optimizer=optimizer, n_steps=n_steps)
     embedding = model.get_input_embeddings().weight.detach()
     with fast_attention(model):
         while not phase.done:
-            rng = np.random.default_rng((phase.step, 3))
-            easy = 0.9 - 0.65 * min(1.0, max(0.0, phase.step / n_steps - 0.3) / 0.4)
-            tiles, of_tile = draw_tiles(pool, rng, 144, easy)
+            rng = np.random.default_rng((phase.step, 3, *name.encode()))
+            easy = 0.2 if small else 0.9 - 0.65 * min(1.0, max(0.0, phase.step / n_steps - 0.3) / 0.4)
+            tiles, of_tile = draw_tiles(pool, rng, 144, easy, 0.7 if small else 0.0)
             classes = torch.from_numpy(tile_classes(pool, tiles, of_tile))
             with torch.autocast("cpu", torch.bfloat16):
                 features = patch_features(model, pixels(pool, tiles))

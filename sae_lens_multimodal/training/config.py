@@ -142,6 +142,14 @@ class MultimodalSAERunnerConfig(LanguageModelSAERunnerConfig[SAEConfigT], Generi
             raise ConfigError(str(error)) from error
         self.tokens_per_buffer = self.train_batch_size_tokens * self.n_batches_in_buffer
 
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as JSON values."""
+        content: dict[str, Any] = super().to_dict()
+        content["seqpos_slice"] = list(self.seqpos_slice)
+        loading = self.model_from_pretrained_kwargs or {}
+        content["model_from_pretrained_kwargs"] = {name: _as_json(value) for name, value in loading.items()}
+        return content
+
     @classmethod
     def from_dict(cls, cfg_dict: Mapping[str, Any]) -> MultimodalSAERunnerConfig[Any]:
         """Build the configuration from `to_dict`'s mapping, or from one that leaves fields at their defaults.
@@ -209,6 +217,12 @@ def check_token_shares(shares: Mapping[str, float] | None, batch_tokens: int) ->
             f"token_shares gives {starved[0]!r} less than one token in a batch of {batch_tokens}; raise the share or "
             "train_batch_size_tokens."
         )
+
+
+def _as_json(value: Any) -> Any:  # noqa: ANN401 - whatever transformers takes
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
+    return value if isinstance(value, str | int | float | bool | dict | list | None) else str(value)
 
 
 def _check_refused(config: MultimodalSAERunnerConfig[Any]) -> None:

@@ -50,7 +50,6 @@ def dump_config(config: MultimodalSAERunnerConfig[Any]) -> str:
     """Write a configuration as YAML that `load_config` reads back."""
     content = config.to_dict()
     content["sae"] = {name: value for name, value in content["sae"].items() if name != "metadata"}
-    content["seqpos_slice"] = list(content["seqpos_slice"])
     if config.checkpoint_path is not None:
         content["checkpoint_path"] = _without_run_id(config.checkpoint_path, config.logger.wandb_id)
     return yaml.safe_dump(content, sort_keys=False)

@@ -61,9 +61,7 @@ def provenance(
         "token_shares": cfg.token_shares,
         "image_tokens": cfg.image_tokens,
         "newline_tokens": cfg.newline_tokens,
-        "model_from_pretrained_kwargs": {
-            key: str(value) for key, value in (cfg.model_from_pretrained_kwargs or {}).items()
-        },
+        "model_from_pretrained_kwargs": cfg.to_dict()["model_from_pretrained_kwargs"],
         "tokens_seen": dict(tokens_seen),
         "tokens_read": dict(store.tokens_read),
         "tokens_dropped": store.tokens_dropped,

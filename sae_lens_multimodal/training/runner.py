@@ -166,6 +166,7 @@ class MultimodalSAETrainingRunner(LanguageModelSAETrainingRunner):
             self._tokens_seen = trainer.tokens_seen
             trainer.save_checkpoint(checkpoint_name=str(trainer.n_training_samples))
             folder = Path(self.cfg.checkpoint_path) / str(trainer.n_training_samples)
+            logger.warning("%s; go on with resume_from_checkpoint=%s", done, folder)
             raise KeyboardInterrupt(f"{done}; go on with resume_from_checkpoint={folder}") from error
 
     def save_checkpoint(self, checkpoint_path: Path | None) -> None:
@@ -268,7 +269,7 @@ def _load(cfg: MultimodalSAERunnerConfig[Any]) -> VisionLanguageModel:
 
 
 def _fitted(cfg: MultimodalSAERunnerConfig[Any], model: VisionLanguageModel) -> MultimodalSAERunnerConfig[Any]:
-    """A copy of the settings with the model's own names and the hook's width filled in."""
+    """A copy of the settings with the hook's own name and width, and the model's name if there is none."""
     if not cfg.hook_name:
         raise ConfigError("hook_name is empty; give one such as 'blocks.2.hook_resid_post'.")
     hook = model.hooks.resolve(cfg.hook_name)
@@ -290,7 +291,7 @@ def _fitted(cfg: MultimodalSAERunnerConfig[Any], model: VisionLanguageModel) -> 
     fitted = copy.copy(cfg)
     fitted.sae = replace(cfg.sae, d_in=width, metadata=copy.deepcopy(cfg.sae.metadata))
     fitted.hook_name = hook.name
-    fitted.model_name = model.name
+    fitted.model_name = cfg.model_name or model.name
     return fitted
 
 

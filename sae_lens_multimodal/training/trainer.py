@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from sae_lens.config import SAETrainerConfig
+from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE
 from sae_lens.saes.sae import TrainingSAE, TrainStepOutput
 from sae_lens.training._interruption import InterruptedException
 from sae_lens.training.prefetch import PrefetchingIterator
@@ -23,6 +24,7 @@ from sae_lens_multimodal.training.tokens import LabelledBatch
 from sae_lens_multimodal.types import Modality
 
 _SECONDS_BETWEEN_METRICS = 0.5
+_THRESHOLD_BATCHES = 10
 
 
 class BatchProvider(Iterator[Tensor]):
@@ -104,6 +106,7 @@ class MultimodalSAETrainer(SAETrainer[TrainingSAE[Any], Any]):
                     raise InterruptedException
                 self._train_one_batch(bar)
         self._log_sparsity(self.full_sparsity_window_log())
+        self._settle_threshold()
         self._fold_normalisation()
         self.set_final_sae_metadata()
         if self.cfg.save_final_checkpoint:
@@ -169,6 +172,26 @@ class MultimodalSAETrainer(SAETrainer[TrainingSAE[Any], Any]):
             scaler.estimate_scaling_factor(self.sae.cfg.d_in, self.data_provider, batches)
         elif kind == "covariance_whitening" and scaler.whitening is None:
             scaler.estimate_whitening(self.sae.cfg.d_in, self.data_provider, batches)
+
+    @torch.no_grad()
+    def _settle_threshold(self) -> None:
+        """After a short run, estimate BatchTopK's threshold from the final weights.
+
+        SAE-Lens keeps a running mean that begins at zero and remembers early weights: for about a thousand steps
+        it is far too low, and the saved SAE would let several times `k` features fire.
+        """
+        sae = self.sae
+        if not isinstance(sae, BatchTopKTrainingSAE) or not 0 < self.n_training_steps < 10 / sae.cfg.topk_threshold_lr:
+            return
+        lowest = []
+        for _ in range(_THRESHOLD_BATCHES):
+            features = sae.encode(self.activation_scaler(next(self.data_provider).to(sae.device)))
+            values = features.coalesce().values() if features.is_sparse else features
+            positive = values[values > 0]
+            if len(positive):
+                lowest.append(positive.min().double())
+        if lowest:
+            sae.topk_threshold = torch.stack(lowest).mean()
 
     def _fold_normalisation(self) -> None:
         """Put what was estimated into the weights, so that the saved SAE takes plain activations."""

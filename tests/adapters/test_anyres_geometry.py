@@ -17,7 +17,7 @@ from transformers.image_processing_utils import get_patch_output_size, select_be
 from transformers.image_utils import ChannelDimension
 from transformers.models.llava_next.modeling_llava_next import LlavaNextModel
 
-from sae_lens_multimodal.adapters.encode import encode
+from sae_lens_multimodal.adapters.encode import build_layout, encode
 from sae_lens_multimodal.adapters.llava_next import LlavaNext
 from sae_lens_multimodal.adapters.model import VisionLanguageModel
 from sae_lens_multimodal.adapters.random_models import random_llava_next
@@ -135,13 +135,13 @@ FAMILIES = {"tiny": family_for(TINY), "full": family_for(FULL)}
 @given(width=st.integers(1, 3000), height=st.integers(1, 3000), name=st.sampled_from(sorted(FAMILIES)))
 @example(width=1, height=3000, name="full")
 @example(width=1343, height=672, name="full")
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_boxes_agree_with_packing_for_any_size(width: int, height: int, name: str) -> None:
     check_against_packing(FAMILIES[name], width, height)
 
 
 @given(width=st.integers(1, 500), height=st.integers(1, 500))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_boxes_lie_in_the_picture_and_the_base_view_covers_it(width: int, height: int) -> None:
     tokens = FAMILIES["tiny"].image_tokens(width, height)
     boxes = tokens.boxes[tokens.modality == Modality.IMAGE].astype(np.float64)
@@ -172,7 +172,7 @@ def gradient(width: int, height: int) -> Image.Image:
     ],
     ids=["tiny", "full", "uneven", "resized-then-cropped", "no-crop", "no-resize"],
 )
-@pytest.mark.parametrize("size", [(200, 100), (90, 250), (131, 127), (240, 60)], ids=lambda size: f"{size[0]}x{size[1]}")
+@pytest.mark.parametrize("size", [(200, 100), (90, 250), (131, 127)], ids=lambda size: f"{size[0]}x{size[1]}")
 def test_patches_show_what_their_boxes_say(setup: Any, options: dict[str, Any], size: tuple[int, int]) -> None:
     """Run transformers' image processor on a picture that carries its coordinates, and read them off each patch."""
     width, height = size
@@ -240,14 +240,10 @@ def test_changing_the_processor_changes_the_boxes() -> None:
 def test_a_processor_that_does_not_fit_the_tower() -> None:
     with pytest.raises(LayoutError, match="56 x 56 pixels, the vision tower expects 48 x 48"):
         family_for(TINY, crop_size={"height": 56, "width": 56}).image_tokens(10, 10)
-    with pytest.raises(LayoutError, match="one checkpoint"):
-        family_for(TINY, image_grid_pinpoints=[[48, 48]]).image_tokens(10, 10) if False else _other_pinpoints()
-
-
-def _other_pinpoints() -> None:
     family = family_for(TINY)
     family.processor.image_processor.image_grid_pinpoints = [[48, 48]]
-    family.image_tokens(10, 10)
+    with pytest.raises(LayoutError, match="one checkpoint"):
+        family.image_tokens(10, 10)
 
 
 def test_configurations_that_transformers_cannot_run() -> None:
@@ -269,8 +265,6 @@ def test_processors_of_older_checkpoints_are_completed() -> None:
 
 
 def test_a_row_whose_placeholders_do_not_match_its_pictures(llava: VisionLanguageModel) -> None:
-    from sae_lens_multimodal.adapters.encode import build_layout
-
     batch = llava.encode(prompt(picture(50, 50)))
     with pytest.raises(LayoutError, match="row 0 has"):
         build_layout(llava.family, batch["input_ids"], batch["attention_mask"], [[picture(90, 20)]])

@@ -136,6 +136,7 @@ def test_first_frame_of_an_animation() -> None:
     assert (pixels(content) == (0, 200, 0)).all()
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF:UserWarning", "ignore:Truncated File Read:UserWarning")
 @pytest.mark.parametrize("form", ["PNG", "JPEG", "GIF", "TIFF", "WEBP", "BMP"])
 def test_truncated_files_are_image_errors(form: str) -> None:
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8))
@@ -147,6 +148,7 @@ def test_truncated_files_are_image_errors(form: str) -> None:
             open_image(content[:cut])
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
 def test_damaged_bytes_never_raise_anything_else() -> None:
     generator = np.random.default_rng(1)
     good = bytearray(encoded(RED.resize((40, 40))))

@@ -15,14 +15,14 @@ from sae_lens_multimodal.types import Box, Modality
 
 NAN = float("nan")
 NO_BOX = (NAN, NAN, NAN, NAN)
-T, I, N, S, P = Modality.TEXT, Modality.IMAGE, Modality.NEWLINE, Modality.SPECIAL, Modality.PADDING
+T, M, N, S, P = Modality.TEXT, Modality.IMAGE, Modality.NEWLINE, Modality.SPECIAL, Modality.PADDING
 
 
 def by_hand() -> TokenLayout:
     """Row 0: a base view in two halves, two tiles, a separator, text. Row 1: padding, then text alone."""
     boxes = [NO_BOX, (0, 0, 4, 6), (4, 0, 8, 6), (0, 0, 2, 6), (2, 0, 3.5, 6), NO_BOX, NO_BOX]
     return TokenLayout(
-        modality=torch.tensor([[S, I, I, I, I, N, T], [P, P, P, P, S, T, T]], dtype=torch.int8),
+        modality=torch.tensor([[S, M, M, M, M, N, T], [P, P, P, P, S, T, T]], dtype=torch.int8),
         boxes=torch.tensor([boxes, [NO_BOX] * 7]),
         image_index=torch.tensor([[-1, 0, 0, 0, 0, 0, -1], [-1] * 7]),
         tile=torch.tensor([[-1, 0, 0, 1, 2, -1, -1], [-1] * 7]),
@@ -100,7 +100,7 @@ def test_a_grid_keeps_its_mean_and_bounds(width: int, height: int, columns: int,
     boxes = [[x[j], y[i], x[j + 1], y[i + 1]] for i in range(rows) for j in range(columns)]
     count = len(boxes)
     layout = TokenLayout(
-        modality=torch.full((1, count), int(I), dtype=torch.int8),
+        modality=torch.full((1, count), int(M), dtype=torch.int8),
         boxes=torch.tensor(boxes, dtype=torch.float32)[None],
         image_index=torch.zeros(1, count, dtype=torch.int64),
         tile=torch.zeros(1, count, dtype=torch.int64),
@@ -137,7 +137,7 @@ def test_crop() -> None:
 
 def test_crop_of_an_empty_patch_has_a_pixel() -> None:
     layout = TokenLayout(
-        modality=torch.tensor([[I]], dtype=torch.int8),
+        modality=torch.tensor([[M]], dtype=torch.int8),
         boxes=torch.tensor([[[8.0, 0.0, 8.0, 3.0]]]),
         image_index=torch.zeros(1, 1, dtype=torch.int64),
         tile=torch.ones(1, 1, dtype=torch.int64),

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from PIL import Image
 
 from sae_lens_multimodal.adapters.model import VisionLanguageModel
 from sae_lens_multimodal.autointerp.judges import JudgeRequest
+from sae_lens_multimodal.features.schema import Kind, ModalityName
 from sae_lens_multimodal.features.store import FeatureStore
 from sae_lens_multimodal.features.writer import StoreWriter
 from sae_lens_multimodal.scenes.asking import draw_objects, text_context
 from sae_lens_multimodal.scenes.questions import COMMON_QUESTION, MARKS_QUESTION, NAME_QUESTION
 from sae_lens_multimodal.scenes.render import COLOUR_RGB
-from sae_lens_multimodal.scenes.truth import mask_share
 from sae_lens_multimodal.scenes.world import Scene, make_scene
 
+Values: TypeAlias = "np.ndarray[Any, Any]"
 COLOURS = ("red", "green", "blue", "yellow")
 """Features 0 to 3 fire on patches of these colours."""
 TEXT_FEATURE = 4
@@ -31,7 +32,7 @@ def write_store(folder: Path, model: VisionLanguageModel) -> FeatureStore:
     """Write the store."""
     writer = StoreWriter(folder, d_sae=16, hook_name=HOOK)
     scenes = {seed: make_scene(seed) for seed in range(N_SCENES)}
-    values: dict[int, dict[int, np.ndarray[Any, Any]]] = {feature: {} for feature in range(len(COLOURS))}
+    values: dict[int, dict[int, Values]] = {feature: {} for feature in range(len(COLOURS))}
     for seed, scene in scenes.items():
         batch = model.encode(_about(scene.image, "what is in the picture ?"))
         tokens = model.token_strings(batch["input_ids"][0])
@@ -50,9 +51,7 @@ def _about(picture: Image.Image, text: str) -> list[dict[str, Any]]:
     return [{"role": "user", "content": parts}]
 
 
-def _activations(
-    scene: Scene, colour: str, boxes: np.ndarray[Any, Any], *, strength: float
-) -> np.ndarray[Any, Any]:
+def _activations(scene: Scene, colour: str, boxes: Values, *, strength: float) -> Values:
     """Fire on every patch by how much of it the colour covers."""
     mask = np.zeros((scene.image.height, scene.image.width), dtype=bool)
     for thing in scene.objects:
@@ -60,11 +59,13 @@ def _activations(
             mask |= thing.mask
     values = np.zeros(len(boxes))
     is_patch = ~np.isnan(boxes[:, 0]) & (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
-    values[is_patch] = strength * mask_share(mask, boxes[is_patch])
+    for token in np.flatnonzero(is_patch):
+        x0, y0, x1, y1 = np.rint(boxes[token]).astype(int)
+        values[token] = strength * mask[y0 : max(y1, y0 + 1), x0 : max(x1, x0 + 1)].mean()
     return np.where(values > 0.1 * strength, values, 0).astype(np.float32)
 
 
-def _text_prompts(writer: StoreWriter, model: VisionLanguageModel) -> dict[int, np.ndarray[Any, Any]]:
+def _text_prompts(writer: StoreWriter, model: VisionLanguageModel) -> dict[int, Values]:
     rng = np.random.default_rng(0)
     rows = {}
     for index in range(N_TEXTS):
@@ -76,14 +77,13 @@ def _text_prompts(writer: StoreWriter, model: VisionLanguageModel) -> dict[int, 
     return rows
 
 
-def _add_lists(writer: StoreWriter, feature: int, modality: Any, rows: dict[int, np.ndarray[Any, Any]]) -> None:
+def _add_lists(writer: StoreWriter, feature: int, modality: ModalityName, rows: dict[int, Values]) -> None:
     firing = sorted((key for key, row in rows.items() if row.any()), key=lambda key: -rows[key].max())
     silent = [key for key, row in rows.items() if not row.any()]
-    for kind, keys in (("top", firing[:8]), ("ordinary", firing[8:14]), ("silent", silent[:8])):
+    lists: dict[Kind, list[int]] = {"top": firing[:8], "ordinary": firing[8:14], "silent": silent[:8]}
+    for kind, keys in lists.items():
         for key in keys:
-            writer.add_example(
-                feature, prompt_id=key, activations=rows[key], kind=kind, modality=modality  # type: ignore[arg-type]
-            )
+            writer.add_example(feature, prompt_id=key, activations=rows[key], kind=kind, modality=modality)
 
 
 def seen_colours(picture: Image.Image, *, share: float = 0.02) -> set[str]:
@@ -100,7 +100,7 @@ def seen_colours(picture: Image.Image, *, share: float = 0.02) -> set[str]:
 def perfect(request: JudgeRequest) -> str:
     """Answer the scenes' questions about colours as someone who sees and reads well."""
     question = str(request.parts[-1])
-    if question == COMMON_QUESTION or question == NAME_QUESTION:
+    if question in (COMMON_QUESTION, NAME_QUESTION):
         common = set.intersection(*(seen_colours(picture) for picture in request.pictures))
         return sorted(common)[0] if common else "nothing"
     if question.endswith(MARKS_QUESTION):

@@ -61,7 +61,11 @@ def test_sends_text_and_pictures_in_order_without_loss() -> None:
 
 
 def test_token_limit_and_temperature_can_be_spelt_as_the_server_wants() -> None:
-    options: dict[str, Any] = {"temperature": None, "token_limit_field": "max_completion_tokens", "extra_body": {"a": 1}}
+    options: dict[str, Any] = {
+        "temperature": None,
+        "token_limit_field": "max_completion_tokens",
+        "extra_body": {"a": 1},
+    }
     with serving(lambda *_: completion("yes")) as server:
         judge_at(server.url, **options).ask(REQUEST)
     body = server.bodies[0]
@@ -166,7 +170,7 @@ def test_many_failures_in_a_row_stop_and_what_was_answered_is_kept(tmp_path: Any
 
     with serving(dies) as server:
         judge = CachedJudge(judge_at(server.url, concurrency=1, give_up_after=4), tmp_path / "answers.sqlite")
-        with pytest.raises(JudgeError, match="failed 4 requests in a row.*out of memory"):
+        with pytest.raises(JudgeError, match=r"failed 4 requests in a row.*out of memory"):
             judge.ask_all(requests, progress=False)
         assert len(server.bodies) == 10
     assert len(judge) == 6
@@ -178,9 +182,7 @@ def test_a_failure_now_and_then_does_not_stop() -> None:
     assert [isinstance(one, JudgeReply) for one in outcomes] == [True, False] * 4
 
 
-def test_key_comes_from_the_environment_and_goes_nowhere_else(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Any
-) -> None:
+def test_key_comes_from_the_environment_and_goes_nowhere_else(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     monkeypatch.setenv("MY_KEY", "sk-very-secret")
     with serving(lambda *_: completion("yes")) as server:
         judge = CachedJudge(judge_at(server.url, api_key_variable="MY_KEY"), tmp_path / "answers.sqlite")

@@ -11,7 +11,7 @@ from PIL import Image
 
 from sae_lens_multimodal.data.rows import Prompt, SkipReport, row_to_prompt
 from sae_lens_multimodal.errors import DatasetError, ImageError, PromptError
-from tests.data.conftest import BLUE, GREEN, RED, png
+from tests.data.data_samples import BLUE, GREEN, RED, png
 
 
 def colours(prompt: Prompt) -> list[Any]:
@@ -104,7 +104,11 @@ def test_llava_conversations() -> None:
         ],
     }
     prompt = row_to_prompt(row, index=7)
-    assert shape(prompt) == [("user", ["IMAGE", "What is this?"]), ("assistant", ["A red square."]), ("user", ["Sure?"])]
+    assert shape(prompt) == [
+        ("user", ["IMAGE", "What is this?"]),
+        ("assistant", ["A red square."]),
+        ("user", ["Sure?"]),
+    ]
     assert prompt.row == 7
     assert prompt.extras == {"id": "7"}
 
@@ -182,7 +186,11 @@ def test_prompt_text() -> None:
     [
         ({"foo": 1, "bar": 2}, DatasetError, "columns bar, foo.*messages / conversations.*image / images.*text"),
         ({"text": None, "image": None}, PromptError, "only empty columns"),
-        ({"messages": [{"role": "user", "content": "<image><image>"}], "image": png()}, PromptError, "1 pictures for 2"),
+        (
+            {"messages": [{"role": "user", "content": "<image><image>"}], "image": png()},
+            PromptError,
+            "1 pictures for 2",
+        ),
         ({"conversations": [{"from": "human", "value": "<image>"}]}, PromptError, "0 pictures for 1"),
         ({"conversations": [{"from": "narrator", "value": "x"}]}, PromptError, "narrator.*assistant"),
         ({"messages": [{"role": "user", "content": [{"type": "video"}]}]}, PromptError, "video"),

@@ -12,11 +12,12 @@ import datasets
 import pytest
 from PIL import Image
 
+from sae_lens_multimodal.data import rows as rows_module
 from sae_lens_multimodal.data import stream
 from sae_lens_multimodal.data.rows import SkipReport
 from sae_lens_multimodal.data.stream import open_dataset, read_prompts
 from sae_lens_multimodal.errors import ConfigError, DatasetError, ImageError
-from tests.data.conftest import png
+from tests.data.data_samples import png
 
 WAYS: dict[str, Callable[[datasets.Dataset], Any]] = {
     "dataset": lambda dataset: dataset,
@@ -68,17 +69,22 @@ def test_nested_picture_features_are_not_decoded_either(rows: list[dict[str, Any
 
 
 def test_skipped_rows_are_not_opened(image_dataset: datasets.Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    opened = []
-    original = stream.row_to_prompt
-    monkeypatch.setattr(
-        stream, "row_to_prompt", lambda row, **rest: opened.append(rest["index"]) or original(row, **rest)
-    )
+    opened: list[int] = []
+    original = rows_module.row_to_prompt
+
+    def watched(row: Any, *, index: int, image_folder: Path | None) -> rows_module.Prompt:
+        opened.append(index)
+        return original(row, index=index, image_folder=image_folder)
+
+    monkeypatch.setattr(stream, "row_to_prompt", watched)
     list(read_prompts(image_dataset, skip_rows=4))
     assert opened == [4, 5]
 
 
 def test_a_callers_transform_is_honoured(image_dataset: datasets.Dataset) -> None:
-    dataset = image_dataset.remove_columns("image").with_transform(lambda batch: {"text": [t.upper() for t in batch["text"]]})
+    dataset = image_dataset.remove_columns("image").with_transform(
+        lambda batch: {"text": [t.upper() for t in batch["text"]]}
+    )
     assert [prompt.text for prompt in read_prompts(dataset, skip_rows=4)] == ["ROW 4", "ROW 5"]
 
 
@@ -119,14 +125,14 @@ def test_generators_and_iterables_without_known_columns() -> None:
 
 @pytest.mark.parametrize("dataset", [[{"foo": 1}], datasets.Dataset.from_dict({"foo": [1]})])
 def test_no_usable_column_lists_what_was_found(dataset: Any) -> None:
-    with pytest.raises(DatasetError, match="columns foo, none of which.*image / images"):
+    with pytest.raises(DatasetError, match=r"columns foo, none of which.*image / images"):
         next(read_prompts(dataset))
     with pytest.raises(DatasetError, match="columns foo"):
         next(read_prompts(datasets.Dataset.from_dict({"foo": [1]}).to_iterable_dataset()))
 
 
 def test_nothing_but_failures_ends_with_the_reasons() -> None:
-    with pytest.raises(DatasetError, match="None of the first 3 rows.*3 picture cannot be opened"):
+    with pytest.raises(DatasetError, match=r"None of the first 3 rows.*3 picture cannot be opened"):
         list(read_prompts([{"image": b"x"}] * 3))
     # A resumed run may end on unusable rows.
     assert list(read_prompts([{"image": b"x"}] * 3, skip_rows=1)) == []
@@ -183,7 +189,7 @@ def test_saved_datasets_and_splits(tmp_path: Path, image_dataset: datasets.Datas
     assert len(list(read_prompts(open_dataset(tmp_path / "one")))) == 5
     assert len(list(read_prompts(open_dataset(tmp_path / "splits", split="test")))) == 1
     assert len(list(read_prompts(open_dataset(splits, split="test")))) == 1
-    with pytest.raises(DatasetError, match="no split 'dev'.*train, test"):
+    with pytest.raises(DatasetError, match=r"no split 'dev'.*train, test"):
         open_dataset(splits, split="dev")
 
 
@@ -199,7 +205,7 @@ def test_what_cannot_be_opened_says_so(tmp_path: Path) -> None:
         ([3], "list of mappings"),
     ):
         with pytest.raises(DatasetError, match=message):
-            open_dataset(source)  # type: ignore[arg-type]
+            open_dataset(source)
 
 
 def test_webdataset_tar(tmp_path: Path) -> None:

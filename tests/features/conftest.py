@@ -1,4 +1,4 @@
-"""The tiny model with a random sparse autoencoder, some prompts, and small stores written by hand."""
+"""A random sparse autoencoder for the tiny model, some prompts, and small stores written by hand."""
 
 from __future__ import annotations
 
@@ -12,16 +12,11 @@ import torch
 from sae_lens import SAE, TopKSAE, TopKSAEConfig
 
 from sae_lens_multimodal.adapters.layout import TokenLayout
-from sae_lens_multimodal.adapters.model import VisionLanguageModel, load_model
-from sae_lens_multimodal.scenes import model_folder, scene_rows
+from sae_lens_multimodal.adapters.model import VisionLanguageModel
+from sae_lens_multimodal.scenes import scene_rows
 from sae_lens_multimodal.types import Modality
 
 HOOK = "blocks.1.hook_resid_post"
-
-
-@pytest.fixture(scope="session")
-def model() -> VisionLanguageModel:
-    return load_model(model_folder())
 
 
 @pytest.fixture(scope="session")
@@ -37,8 +32,8 @@ def sae(model: VisionLanguageModel) -> SAE[Any]:
 
 @pytest.fixture(scope="session")
 def rows() -> list[dict[str, Any]]:
-    """Two dozen rows of all kinds; a picture that is asked about twice, and one that cannot be opened."""
-    rows = list(scene_rows(3, 24))
+    """Some rows of all kinds; a picture that is asked about twice, and one that cannot be opened."""
+    rows = list(scene_rows(3, 15))
     again = [{**rows[6], "messages": rows[0]["messages"]}] if len(rows[0]["images"]) == len(rows[6]["images"]) else []
     broken = {**rows[0], "images": [{"bytes": b"no picture", "path": None}] * len(rows[0]["images"])}
     return [*rows[:9], broken, *rows[9:], *again]

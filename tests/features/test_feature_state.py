@@ -250,9 +250,7 @@ def test_a_uniform_sample_covers_the_quantiles_evenly() -> None:
     label = torch.full((n_prompts, 1), Modality.IMAGE.value, dtype=torch.int8)
     rows = torch.arange(n_prompts)
     for part in torch.split(rows, 50):
-        sparse, measures = sparse_activations(
-            chunks, strength[part], label[part], n_features=n_features, features=None
-        )
+        sparse, measures = sparse_activations(chunks, strength[part], label[part], n_features=n_features, features=None)
         state.update(sparse, measures, part, part)
     (table,) = ExampleSelection(state).tables()
     order = strength[:, 0].argsort(0).argsort(0).numpy() / n_prompts

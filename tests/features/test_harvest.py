@@ -102,7 +102,7 @@ def test_top_examples_are_those_of_a_full_sort(store: FeatureStore, truth: list[
             pictures = [by_row[example.prompt_id].pictures for example in found]
             assert len(set(pictures)) == len(pictures)
             checked += len(found)
-    assert checked > 100
+    assert checked > 50
 
 
 def test_examples_show_the_activations_of_their_prompt(store: FeatureStore, truth: list[Truth]) -> None:
@@ -130,7 +130,7 @@ def test_silent_examples_are_silent(store: FeatureStore, truth: list[Truth]) -> 
                 assert by_row[example.prompt_id].of(name)[:, feature].max() < 1e-3
                 assert example.positions.size == 0
                 checked += 1
-    assert checked > 100
+    assert checked > 50
 
 
 def test_a_row_that_cannot_be_read_is_skipped_and_reported(store: FeatureStore, rows: Rows) -> None:
@@ -151,7 +151,7 @@ class Killed(Exception):
     """Stands for whatever ends a process."""
 
 
-@pytest.mark.parametrize("batches", [1, 3, 5])
+@pytest.mark.parametrize("batches", [1, 3])
 def test_a_killed_harvest_goes_on_and_leaves_the_same_store(
     model: VisionLanguageModel,
     sae: SAE[Any],
@@ -182,7 +182,7 @@ def test_a_killed_harvest_goes_on_and_leaves_the_same_store(
 
     monkeypatch.setattr(harvest_module, "read_activations", counting)
     again = harvest(model, sae, rows, tmp_path / "store", **SETTINGS)
-    assert len(counted) == 7 - batches // 2 * 2, "what a checkpoint holds is not read again"
+    assert len(counted) == 4 - batches // 2 * 2, "what a checkpoint holds is not read again"
     assert contents(again.folder) == contents(store.folder)
     assert not (again.folder / "progress").exists()
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from sae_lens_multimodal.errors import ConfigError
 from sae_lens_multimodal.hooks.changes import Ablate, Add, Scale, Set, check_changes, feature_deltas, needs_encoding
 
+WORD: Any = "8"
 finite = st.floats(-1e4, 1e4, width=32)
 
 
@@ -40,7 +41,9 @@ def test_only_adding_needs_no_activations() -> None:
     assert all(needs_encoding([Add(1.0), change]) for change in (Set(1.0), Scale(2.0), Ablate()))
 
 
-@pytest.mark.parametrize("bad", [Set(math.nan), Add(math.inf), Scale(-math.inf), Set("8"), Add(True), 8.0, "ablate", Ablate])
+@pytest.mark.parametrize(
+    "bad", [Set(math.nan), Add(math.inf), Scale(-math.inf), Set(WORD), Add(True), 8.0, "ablate", Ablate]
+)
 def test_what_is_no_change_is_refused(bad: Any) -> None:
     with pytest.raises(ConfigError, match="for feature 3; expected"):
         check_changes({3: bad})

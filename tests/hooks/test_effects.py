@@ -11,7 +11,7 @@ from sae_lens import SAE
 from sae_lens_multimodal.adapters.model import VisionLanguageModel
 from sae_lens_multimodal.errors import ConfigError, FeatureError, SAEMismatchError
 from sae_lens_multimodal.hooks.effects import norm_weighted, output_logits, top_output_tokens
-from tests.hooks.conftest import build_sae
+from tests.hooks.hook_samples import build_sae
 
 
 def expected_logits(model: VisionLanguageModel, directions: torch.Tensor) -> torch.Tensor:
@@ -64,5 +64,5 @@ def test_bad_input(model: VisionLanguageModel, sae: SAE[Any]) -> None:
         top_output_tokens(model, sae, [0], k=0)
     with pytest.raises(FeatureError):
         top_output_tokens(model, sae, [10_000])
-    with pytest.raises(SAEMismatchError, match="d_in=32.*width 48"):
+    with pytest.raises(SAEMismatchError, match=r"d_in=32.*width 48"):
         top_output_tokens(model, build_sae(d_in=32), [0])

@@ -9,17 +9,17 @@ from sae_lens_multimodal.adapters.batch import EncodedBatch
 from sae_lens_multimodal.adapters.model import VisionLanguageModel
 from sae_lens_multimodal.errors import SelectionError, UnknownHookError
 from sae_lens_multimodal.hooks.read import read_activations
-from tests.hooks.conftest import HOOK
+from tests.hooks.hook_samples import HOOK
 
 
 def test_values_are_those_of_plain_hooks_in_any_order(model: VisionLanguageModel, batch: EncodedBatch) -> None:
     names = [
         HOOK,
         "blocks.0.hook_resid_pre",
-        "vision.blocks.1.hook_resid_post",
-        "blocks.2.attn.hook_z",
+        "vision.blocks.0.hook_resid_post",
+        "blocks.1.attn.hook_z",
         "projector.hook_out",
-        "blocks.1.mlp.hook_post",
+        "blocks.0.mlp.hook_post",
     ]
     expected: dict[str, torch.Tensor] = {}
     handles = []
@@ -50,30 +50,30 @@ def test_values_are_those_of_plain_hooks_in_any_order(model: VisionLanguageModel
             assert not found[name].requires_grad
 
 
-@pytest.mark.parametrize(("stop", "expected"), [(True, []), (False, ["layers.2", "lm_head"])])
+@pytest.mark.parametrize(("stop", "expected"), [(True, []), (False, ["layers.1", "lm_head"])])
 def test_nothing_deeper_is_computed(
     stop: bool, expected: list[str], model: VisionLanguageModel, batch: EncodedBatch
 ) -> None:
     ran: list[str] = []
     handles = [
         model._module.get_submodule(path).register_forward_hook(lambda *_, name=name: ran.append(name))
-        for name, path in (("layers.2", "model.language_model.layers.2"), ("lm_head", "lm_head"))
+        for name, path in (("layers.1", "model.language_model.layers.1"), ("lm_head", "lm_head"))
     ]
-    read_activations(model, batch, [HOOK, "blocks.0.hook_resid_post"], stop=stop)
+    read_activations(model, batch, [HOOK, "blocks.0.hook_resid_pre"], stop=stop)
     for handle in handles:
         handle.remove()
     assert ran == expected
 
 
 def test_names_are_kept_as_given_and_once(model: VisionLanguageModel, batch: EncodedBatch) -> None:
-    found = read_activations(model, batch, ["blocks.1.hook_out", HOOK, HOOK])
-    assert list(found) == ["blocks.1.hook_out", HOOK]
-    assert torch.equal(found["blocks.1.hook_out"], found[HOOK])
+    found = read_activations(model, batch, ["blocks.0.hook_out", HOOK, HOOK])
+    assert list(found) == ["blocks.0.hook_out", HOOK]
+    assert torch.equal(found["blocks.0.hook_out"], found[HOOK])
 
 
 def test_the_model_can_be_read_again_after_errors(model: VisionLanguageModel, batch: EncodedBatch) -> None:
     text = model.encode([{"role": "user", "content": [{"type": "text", "text": "a red circle"}]}])
-    with pytest.raises(SelectionError, match="did not reach vision.blocks.0.hook_resid_post"):
+    with pytest.raises(SelectionError, match=r"did not reach vision.blocks.0.hook_resid_post"):
         read_activations(model, text, [HOOK, "vision.blocks.0.hook_resid_post"])
     with pytest.raises(UnknownHookError):
         read_activations(model, text, "blocks.9.hook_resid_post")

@@ -19,10 +19,16 @@ from sae_lens_multimodal.errors import ConfigError, FeatureError, SAEMismatchErr
 from sae_lens_multimodal.hooks.read import read_activations
 from sae_lens_multimodal.hooks.steer import Ablate, Add, Scale, Set, steer, steer_tokens
 from sae_lens_multimodal.types import Modality
-from tests.hooks.conftest import HOOK, MODULE, build_sae
+from tests.hooks.hook_samples import HOOK, MODULE, build_sae
 
 Conversations = list[list[dict[str, Any]]]
-GREEDY = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "output_scores": True, "return_dict_in_generate": True}
+GREEDY = {
+    "max_new_tokens": 4,
+    "min_new_tokens": 4,
+    "do_sample": False,
+    "output_scores": True,
+    "return_dict_in_generate": True,
+}
 
 
 def changed(z: Tensor, active: list[int]) -> Tensor:
@@ -179,8 +185,8 @@ def test_the_original_is_unchanged_and_the_copy_can_be_used_everywhere(
         result = tracer.result.save()
     assert torch.equal(scores(result), scores(steered.generate(**batch, **GREEDY)))
     # Hooks before the steered one are reached without a complaint that the steered one is not.
-    early = read_activations(steered, batch, "blocks.0.hook_resid_post")["blocks.0.hook_resid_post"]
-    assert torch.equal(early, read_activations(model, batch, ["blocks.0.hook_resid_post"])["blocks.0.hook_resid_post"])
+    early = read_activations(steered, batch, "hook_embed")["hook_embed"]
+    assert torch.equal(early, read_activations(model, batch, "hook_embed")["hook_embed"])
     assert model.answer(conversations, max_new_tokens=4) == before[0]
     assert torch.equal(scores(model.generate(**batch, **GREEDY)), before[1])
     assert not model._module.get_submodule(MODULE)._forward_hooks
@@ -256,7 +262,9 @@ def test_dropping_the_error_leaves_the_reconstruction(
         ("gated", {}),
     ],
 )
-def test_keeping_the_error_moves_by_the_difference_of_reconstructions(architecture: str, config: dict[str, Any]) -> None:
+def test_keeping_the_error_moves_by_the_difference_of_reconstructions(
+    architecture: str, config: dict[str, Any]
+) -> None:
     sae = build_sae(architecture, **config)
     acts = torch.randn(20, 48, generator=torch.Generator().manual_seed(3))
     changes = {4: Set(3.0), 9: Add(1.5), 11: Ablate()}
@@ -319,8 +327,8 @@ def test_steering_can_be_steered_again(
     both = steer(model, sae, {active[0]: Add(4.0)})
     found = read_activations(twice, batch, HOOK)[HOOK]
     assert torch.allclose(found, read_activations(both, batch, HOOK)[HOOK], atol=1e-5)
-    deeper = steer(once, sae, {active[0]: Add(2.0)}, hook_name="blocks.0.hook_resid_post")
-    assert not torch.equal(read_activations(deeper, batch, HOOK)[HOOK], read_activations(once, batch, HOOK)[HOOK])
+    earlier = steer(once, sae, {active[0]: Add(2.0)}, hook_name="blocks.0.hook_resid_pre")
+    assert not torch.equal(read_activations(earlier, batch, HOOK)[HOOK], read_activations(once, batch, HOOK)[HOOK])
 
 
 def test_attention_heads(model: VisionLanguageModel, batch: EncodedBatch) -> None:
@@ -336,7 +344,7 @@ def test_attention_heads(model: VisionLanguageModel, batch: EncodedBatch) -> Non
 def test_hooks_of_the_vision_tower(
     model: VisionLanguageModel, batch: EncodedBatch, conversations: Conversations
 ) -> None:
-    name = "vision.blocks.1.hook_resid_post"
+    name = "vision.blocks.0.hook_resid_post"
     vision = build_sae(d_in=32)
     before = read_activations(model, batch, [name, HOOK])
     steered = steer(model, vision, {3: Add(50.0)}, hook_name=name)
@@ -356,7 +364,7 @@ def test_hooks_of_the_vision_tower(
 def test_gradients_pass_through(model: VisionLanguageModel, sae: SAE[Any], batch: EncodedBatch) -> None:
     steered = steer(model, sae, {3: Add(1.0)})
     with steered.trace(**batch):
-        early = steered.hooks["blocks.0.hook_resid_post"]
+        early = steered.hooks["hook_embed"]
         early.requires_grad_(True)
         with steered.output.logits.sum().backward():
             gradient = early.grad.save()
@@ -366,9 +374,10 @@ def test_gradients_pass_through(model: VisionLanguageModel, sae: SAE[Any], batch
 def test_a_scan_is_let_through(model: VisionLanguageModel, sae: SAE[Any]) -> None:
     steered = steer(model, sae, {3: Set(1.0)}, tokens="text")
     text = model.encode([{"role": "user", "content": "a red circle"}])
+    shapes: list[tuple[int, ...]] = []
     with steered.scan(**text):
-        shape = tuple(steered.hooks[HOOK].shape)
-    assert shape == (*text["input_ids"].shape, 48)
+        shapes.append(tuple(steered.hooks[HOOK].shape))
+    assert shapes == [(*text["input_ids"].shape, 48)]
 
 
 def test_an_error_while_running_leaves_nothing_behind(
@@ -379,7 +388,10 @@ def test_an_error_while_running_leaves_nothing_behind(
 
     before, hooks_before = scores(model.generate(**batch, **GREEDY)), hooks()
     wrong = torch.ones(2, 5, dtype=torch.bool)
-    for tokens, message in ((wrong, r"\(2, 5\) for a forward pass of 3 rows"), ([9999], "position 9999; the prompt has")):
+    for tokens, message in (
+        (wrong, r"\(2, 5\) for a forward pass of 3 rows"),
+        ([9999], "position 9999; the prompt has"),
+    ):
         broken = steer(model, sae, {3: Set(500.0)}, tokens=tokens)
         for run in (lambda m: m.generate(**batch, **GREEDY), lambda m: read_activations(m, batch, HOOK)):
             with pytest.raises(SelectionError, match=message):
@@ -409,9 +421,7 @@ def test_inputs_that_do_not_tell_where_the_pictures_are(
     with pytest.raises(SelectionError, match="embeddings instead of token ids"):
         read_activations(steered, embedded, HOOK)
     every = steer(model, sae, {3: Set(5.0)})
-    assert not torch.equal(
-        read_activations(every, embedded, HOOK)[HOOK], read_activations(model, embedded, HOOK)[HOOK]
-    )
+    assert not torch.equal(read_activations(every, embedded, HOOK)[HOOK], read_activations(model, embedded, HOOK)[HOOK])
 
 
 @pytest.mark.parametrize(
@@ -433,7 +443,7 @@ def test_inputs_that_do_not_tell_where_the_pictures_are(
         ({3: Set(1.0)}, {"tokens": "image", "steps": "decoding"}, SelectionError, "never"),
         ({3: Set(1.0)}, {"tokens": [1], "steps": "decoding"}, SelectionError, "about the prompt"),
         ({3: Set(1.0)}, {"hook_name": "blocks.77.hook_resid_post"}, UnknownHookError, "blocks.77"),
-        ({3: Set(1.0)}, {"hook_name": "vision.blocks.1.hook_resid_post"}, SAEMismatchError, "d_in=48.*width 32"),
+        ({3: Set(1.0)}, {"hook_name": "vision.blocks.0.hook_resid_post"}, SAEMismatchError, "d_in=48.*width 32"),
     ],
 )
 def test_bad_input_is_refused_before_anything_runs(

@@ -30,8 +30,8 @@ def model() -> VisionLanguageModel:
 
 @pytest.fixture(scope="session")
 def rows() -> list[dict[str, Any]]:
-    """Scenes, interleaved pictures and plain text in turn."""
-    return list(scene_rows(0, 60))
+    """Scenes, interleaved pictures and, more often, plain text, as a picture has many more tokens."""
+    return list(scene_rows(0, 60, kinds=["scene", "text", "text", "interleaved", "text", "text"]))
 
 
 @pytest.fixture(scope="session")
@@ -45,6 +45,7 @@ def make_config(tmp_path: Path, model: VisionLanguageModel) -> ConfigMaker:
 
     def make(**changes: Any) -> MultimodalSAERunnerConfig[Any]:
         sae = {"architecture": "topk", "d_sae": 64, "k": 4, **changes.pop("sae", {})}
+        sae = {name: value for name, value in sae.items() if value is not None}
         settings: dict[str, Any] = {
             "model_name": model.name,
             "hook_name": HOOK,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from sae_lens import BatchTopKTrainingSAEConfig, LanguageModelSAERunnerConfig, StandardTrainingSAEConfig
 
 from sae_lens_multimodal.errors import ConfigError
@@ -140,6 +142,12 @@ def test_to_dict_and_back() -> None:
     assert again.checkpoint_path == config.checkpoint_path
 
 
+def test_types_of_torch_are_written_as_text() -> None:
+    config = make(model_from_pretrained_kwargs={"dtype": torch.bfloat16, "attn_implementation": "sdpa"})
+    written = json.loads(json.dumps(config.to_dict()))
+    assert written["model_from_pretrained_kwargs"] == {"dtype": "bfloat16", "attn_implementation": "sdpa"}
+
+
 def test_the_width_may_be_left_to_the_hook(yaml_file: Path) -> None:
     yaml_file.write_text(YAML.replace("  d_in: 128\n", ""))
     assert load_config(yaml_file).sae.d_in == 0
@@ -185,5 +193,5 @@ def test_a_missing_file(tmp_path: Path) -> None:
 
 
 def test_a_width_must_be_given() -> None:
-    with pytest.raises(ConfigError, match="sae.d_sae is missing"):
+    with pytest.raises(ConfigError, match=r"sae.d_sae is missing"):
         build_config({"sae": {"architecture": "topk"}})

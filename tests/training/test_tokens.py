@@ -75,5 +75,5 @@ def test_values_that_are_not_finite_are_refused(
     batch = model.encode([row_to_prompt(text_rows[0]).messages])
     shape = (*batch["input_ids"].shape, 4)
     monkeypatch.setattr(tokens, "read_activations", lambda *_: {"hook": torch.full(shape, float("inf"))})
-    with pytest.raises(ConfigError, match="not finite in torch.float32"):
+    with pytest.raises(ConfigError, match=r"not finite in torch.float32"):
         read_tokens(model, batch, "hook", TokenChoice())

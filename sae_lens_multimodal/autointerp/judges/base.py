@@ -156,18 +156,18 @@ class Ledger:
     failures: Counter[str] = field(default_factory=Counter)
     """How many requests failed, by kind."""
 
-    def record(self, outcome: Outcome) -> None:
-        """Count one outcome."""
+    def record(self, raw: Outcome, outcome: Outcome) -> None:
+        """Count one request: what came back, and what was made of it. A reply that is of no use has its cost, too."""
         if isinstance(outcome, JudgeFailure):
-            self.calls += 1
             self.failures[outcome.kind.value] += 1
-        elif outcome.cached:
+        if isinstance(raw, JudgeReply) and raw.cached:
             self.cached += 1
-        else:
-            self.calls += 1
-            self.tokens_in += outcome.tokens_in
-            self.tokens_out += outcome.tokens_out
-            self.seconds += outcome.seconds
+            return
+        self.calls += 1
+        if isinstance(raw, JudgeReply):
+            self.tokens_in += raw.tokens_in
+            self.tokens_out += raw.tokens_out
+            self.seconds += raw.seconds
 
     def to_json(self) -> dict[str, Any]:
         """Give the ledger as JSON values."""
@@ -214,7 +214,7 @@ class Judge(ABC):
         """
         for index, raw in self._replies(requests):
             outcome = checked(requests[index], raw)
-            self.ledger.record(outcome)
+            self.ledger.record(raw, outcome)
             yield index, outcome
 
     @final

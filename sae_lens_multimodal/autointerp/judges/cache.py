@@ -9,7 +9,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 
-from sae_lens_multimodal.autointerp.judges.base import Judge, JudgeFailure, JudgeReply, JudgeRequest, Outcome
+from sae_lens_multimodal.autointerp.judges.base import (
+    FailureKind,
+    Judge,
+    JudgeFailure,
+    JudgeReply,
+    JudgeRequest,
+    Outcome,
+)
 from sae_lens_multimodal.errors import StoreError
 
 SCHEMA_VERSION = 1
@@ -31,7 +38,7 @@ CREATE TABLE IF NOT EXISTS answers (
 class CachedJudge(Judge):
     """Asks the judge inside only what was never asked before; equal requests of one call are asked once.
 
-    Replies are kept as they came, before any parsing; failures are not kept, so that a later run tries again.
+    Replies are kept whether or not they parse; other failures are not, so that a later run tries again.
 
     Args:
         judge: who answers what is not known yet.
@@ -97,8 +104,9 @@ class CachedJudge(Judge):
             unknown = list(places)
             for position, outcome in self.judge.stream([requests[places[key][0]] for key in unknown]):
                 key = unknown[position]
-                if isinstance(outcome, JudgeReply):
-                    self._keep(connection, key, requests[places[key][0]], outcome)
+                reply = _reply_to_keep(outcome)
+                if reply is not None:
+                    self._keep(connection, key, requests[places[key][0]], reply)
                 yield from ((index, _repeated(outcome, again=n > 0)) for n, index in enumerate(places[key]))
 
     def _keep(self, connection: sqlite3.Connection, key: str, request: JudgeRequest, reply: JudgeReply) -> None:
@@ -115,6 +123,13 @@ def _look_up(connection: sqlite3.Connection, key: str) -> JudgeReply | None:
     if row is None:
         return None
     return JudgeReply(text=row[0], cached=True, tokens_in=row[1], tokens_out=row[2], seconds=row[3])
+
+
+def _reply_to_keep(outcome: Outcome) -> JudgeReply | None:
+    """Take the reply as it came, one that does not parse included: asking again would bring the same."""
+    if isinstance(outcome, JudgeReply):
+        return outcome
+    return JudgeReply(text=outcome.reply) if outcome.kind is FailureKind.UNPARSABLE and outcome.reply else None
 
 
 def _repeated(outcome: Outcome, *, again: bool) -> Outcome:

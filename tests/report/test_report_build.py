@@ -1,0 +1,163 @@
+"""The report's folder: what is in it, what it never overwrites, and that markup in the data stays text."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from report_sample import EVIL, EVIL_ATTRIBUTE, EVIL_END, EVIL_IMAGE, TEXT_FEATURE
+
+from sae_lens_multimodal.errors import FeatureError, ImageError, StoreError
+from sae_lens_multimodal.features.store import FeatureStore
+from sae_lens_multimodal.files import MANIFEST_NAME, read_manifest
+from sae_lens_multimodal.report.build import REPORT_KIND, SCHEMA_VERSION, build_report
+from sae_lens_multimodal.report.records import SteeringRecord
+
+ALLOWED_SCRIPTS = {"static/index.js", "../static/feature.js", None}
+
+
+class Page(HTMLParser):
+    """Collects tags, attributes and text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def pages(report: Path) -> dict[str, Page]:
+    return {str(path.relative_to(report)): Page(path.read_text()) for path in report.rglob("*.html")}
+
+
+def data_of(report: Path) -> dict[str, object]:
+    found = re.search(
+        r'<script type="application/json" id="data">(.*?)</script>', (report / "index.html").read_text(), re.S
+    )
+    assert found is not None
+    return json.loads(found[1])
+
+
+def test_folder_holds_what_it_says(report: Path) -> None:
+    read_manifest(report, kind=REPORT_KIND, schema_version=SCHEMA_VERSION)
+    assert {path.name for path in report.iterdir()} == {MANIFEST_NAME, "index.html", "features", "static", "assets"}
+    assert {path.name for path in (report / "features").iterdir()} == {f"{n}.html" for n in (0, 1, 2, 3, TEXT_FEATURE)}
+    assert not [path for path in report.parent.iterdir() if path != report], "no half-made folder stays"
+
+
+def test_every_address_leads_to_a_file_of_the_report(report: Path) -> None:
+    seen = set()
+    for name, page in pages(report).items():
+        for _, attributes in page.tags:
+            for key in ("src", "href"):
+                address = attributes.get(key)
+                if address and not address.startswith(("#", "data:")):
+                    target = (report / name).parent / address
+                    assert target.is_file(), f"{name}: {address}"
+                    seen.add(target.resolve())
+    written = {path.resolve() for path in (report / "assets").rglob("*.*")}
+    thumbs = {(report / url).resolve() for row in data_of(report)["features"] for url in row["thumbs"]}
+    assert written <= seen | thumbs, "no picture is written for nothing"
+
+
+def test_markup_in_the_data_makes_no_element_and_no_attribute(report: Path) -> None:
+    for page in pages(report).values():
+        for tag, attributes in page.tags:
+            assert not [key for key in attributes if key.startswith("on")]
+            if tag == "script":
+                assert attributes.get("src") in ALLOWED_SCRIPTS
+            if tag == "img":
+                assert (attributes["src"] or "").startswith("../assets/")
+        assert "window.hacked" not in "".join(str(attributes.get("href")) for _, attributes in page.tags)
+
+
+def test_markup_in_the_data_is_there_as_text(report: Path) -> None:
+    found = pages(report)
+    text_page, rich_page = found[f"features/{TEXT_FEATURE}.html"].text, found["features/0.html"].text
+    for evil in (EVIL, EVIL_ATTRIBUTE, EVIL_IMAGE, EVIL_END):
+        assert evil in text_page, evil
+    assert EVIL in rich_page
+    assert EVIL_ATTRIBUTE in rich_page
+    assert EVIL in found["index.html"].text
+
+
+def test_embedded_data_survives_and_cannot_end_its_element(report: Path) -> None:
+    rows = {row["index"]: row for row in data_of(report)["features"]}
+    assert rows[TEXT_FEATURE]["label"] == EVIL_END
+    assert EVIL in rows[TEXT_FEATURE]["tokens"]
+    raw = (report / "index.html").read_text()
+    assert raw.count("</script>") == 2, "that of the data and that of index.js"
+
+
+def test_bare_store_is_enough(store: FeatureStore, tmp_path: Path) -> None:
+    index = build_report(store, output=tmp_path / "bare", progress=False)
+    page = Page((index.parent / "features/0.html").read_text())
+    assert "Not explained yet." in page.text
+    assert not [tag for tag, attributes in page.tags if "verdicts" in (attributes.get("class") or "")]
+    assert "detection" not in index.read_text()
+
+
+def test_chosen_features_only(store: FeatureStore, tmp_path: Path) -> None:
+    index = build_report(store, output=tmp_path / "some", features=[2, 0], max_examples=2, progress=False)
+    assert [row["index"] for row in data_of(index.parent)["features"]] == [0, 2]
+    with pytest.raises(FeatureError, match=r"features \[5\] are not in"):
+        build_report(store, output=tmp_path / "none", features=[5], progress=False)
+
+
+def test_report_replaces_a_report_whole(store: FeatureStore, tmp_path: Path) -> None:
+    output = tmp_path / "report"
+    build_report(store, output=output, features=[0, 1], max_examples=1, title="old", progress=False)
+    index = build_report(store, output=output, features=[2], max_examples=1, title="new", progress=False)
+    assert "new" in Page(index.read_text()).text
+    assert [path.name for path in (output / "features").iterdir()] == ["2.html"]
+    assert list(tmp_path.iterdir()) == [output]
+
+
+def test_same_report_twice_is_the_same(store: FeatureStore, tmp_path: Path) -> None:
+    first, second = (build_report(store, output=tmp_path / name, features=[0], progress=False).parent for name in "ab")
+    for path in first.rglob("*.*"):
+        if path.name != MANIFEST_NAME and path.is_file():
+            assert path.read_bytes() == (second / path.relative_to(first)).read_bytes(), path
+
+
+def test_foreign_folders_are_left_alone(store: FeatureStore, report: Path, tmp_path: Path) -> None:
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes/thesis.txt").write_text("mine")
+    with pytest.raises(StoreError, match="is not empty and holds no report"):
+        build_report(store, output=tmp_path / "notes", progress=False)
+    with pytest.raises(StoreError, match="holds a 'feature-store', not a report"):
+        build_report(store, output=store.folder, progress=False)
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(StoreError, match="is a file"):
+        build_report(store, output=tmp_path / "file", progress=False)
+    assert (tmp_path / "notes/thesis.txt").read_text() == "mine"
+    assert FeatureStore.open(store.folder).features
+
+
+def test_report_with_a_stranger_in_it_is_left_alone(store: FeatureStore, tmp_path: Path) -> None:
+    output = tmp_path / "report"
+    build_report(store, output=output, features=[0], max_examples=1, progress=False)
+    (output / "notes.md").write_text("mine")
+    with pytest.raises(StoreError, match=r"holds 'notes\.md', which no report has"):
+        build_report(store, output=output, features=[0], progress=False)
+    assert (output / "notes.md").read_text() == "mine"
+
+
+def test_failed_build_leaves_the_old_report_and_nothing_else(store: FeatureStore, tmp_path: Path) -> None:
+    output = tmp_path / "report"
+    index = build_report(store, output=output, features=[0], max_examples=1, progress=False)
+    before = index.read_text()
+    broken = SteeringRecord(prompt="?", before="a", after="b", edit="x", image=tmp_path / "missing.png")
+    with pytest.raises(ImageError, match=r"missing\.png cannot be opened"):
+        build_report(store, output=output, features=[0], steering={0: [broken]}, progress=False)
+    assert index.read_text() == before
+    assert list(tmp_path.iterdir()) == [output]
