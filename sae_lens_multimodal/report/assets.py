@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 FOLDER = "assets"
 MAX_SIDE = 640
 """Pixels; larger pictures are made smaller."""
-THUMBNAIL_SIDE = 160
 _SMALL_AREA = 256 * 256
 """Up to so many pixels a picture is kept without loss."""
 
@@ -52,13 +51,6 @@ class Assets:
             raise ImageError(
                 f"{source} cannot be opened as a picture ({error}); give the report another file."
             ) from error
-
-    def thumbnail(self, image: Image.Image, *, alt: str) -> PictureView:
-        """Write a small square view of a picture's middle."""
-        side = min(image.size)
-        left, top = (image.width - side) // 2, (image.height - side) // 2
-        square = image.convert("RGB").crop((left, top, left + side, top + side))
-        return self._write(_shrunk(square, THUMBNAIL_SIDE), alt)
 
     def heat(self, levels: Float[np.ndarray, "h w"]) -> PictureView:
         """Write a heat map (levels 0 to 1 over the original picture) as a layer with transparency."""

@@ -67,14 +67,15 @@ def example_view(example: Example, assets: Assets, scales: Scales) -> ExampleVie
         max_activation=largest,
         mean_activation=example.mean_image if in_image else example.mean_text,
         level=min(1.0, largest / scale) if scale > 0 else 0.0,
-        pictures=_heat_views(example, assets, scales.image, close=in_image),
+        pictures=_heat_views(example, assets, scales.image, close=in_image and example.kind == "top"),
         tokens=_tokens(example, scales),
     )
 
 
 def _heat(example: Example, image: int) -> Float32[np.ndarray, "h w"]:
     """Activation over a picture, of its tiles or of the view of the whole, whichever is stronger at each place."""
-    return np.maximum(example.heatmap(image, "base"), example.heatmap(image, "tiles"))
+    strongest: Float32[np.ndarray, "h w"] = np.maximum(example.heatmap(image, "base"), example.heatmap(image, "tiles"))
+    return strongest
 
 
 def _tokens(example: Example, scales: Scales) -> tuple[TokenView, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
 
 EVALUATION_SEED = 2**50
 """First seed of the scenes used here; training never sees one of them."""
+
+
+_BANK_SCENES = 400
 
 
 class Item(NamedTuple):
@@ -144,29 +148,30 @@ def _group_items(name: str, count: int, *, sharing: bool | None) -> Iterator[Ite
     for k in range(count):
         rng = _rng(name, k)
         size = 2 + k % 4
-        crops = _draw_crops(_seed(name, k), size, sharing if sharing is not None else k % 3 > 0, rng)
+        crops = _draw_crops(size, sharing if sharing is not None else k % 3 > 0, rng)
         seen = [one[1] for one in crops]
         asked = asking.ask_group(seen, rng) if sharing is None else q.common_question(seen)
         yield Item([one[0] for one in crops], asked.text, asked.answer)
 
 
-def _draw_crops(
-    seed: int, size: int, sharing: bool, rng: np.random.Generator
-) -> list[tuple[Image.Image, dict[str, str]]]:
-    """Draw crops of different scenes which share something, or nothing."""
+@functools.cache
+def _bank() -> list[tuple[Image.Image, dict[str, str]]]:
+    """Cut every object out of _BANK_SCENES fresh scenes: pictures and what can be seen."""
+    crops = []
+    for k in range(_BANK_SCENES):
+        scene, rng = make_scene(_seed("bank", k)), _rng("bank", k)
+        crops += [make_crop(scene, index, rng) for index in range(len(scene.objects))]
+    return [(crop.image, crop.attributes) for crop in crops]
+
+
+def _draw_crops(size: int, sharing: bool, rng: np.random.Generator) -> list[tuple[Image.Image, dict[str, str]]]:
+    """Draw different crops which share something, or nothing."""
     kinds = [("colour",), ("shape",), ("texture",), ("colour", "shape"), ("texture", "shape"), ("colour", "texture")]
     fixed = kinds[rng.integers(len(kinds))] if sharing else ()
     crops: list[tuple[Image.Image, dict[str, str]]] = []
-    attempt = 0
-    while len(crops) < size:
-        attempt += 1
-        scene = make_scene(seed * 4096 + attempt)
-        options = [
-            k for k, one in enumerate(scene.objects) if _fits(one.attributes, [c[1] for c in crops], fixed, size)
-        ]
-        if options:
-            crop = make_crop(scene, options[rng.integers(len(options))], rng)
-            crops.append((crop.image, crop.attributes))
+    for place in rng.permutation(len(_bank())):
+        if len(crops) < size and _fits(_bank()[place][1], [attributes for _, attributes in crops], fixed, size):
+            crops.append(_bank()[place])
     return crops
 
 

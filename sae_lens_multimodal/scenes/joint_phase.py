@@ -11,7 +11,7 @@ from sae_lens_multimodal.scenes.fast_attention import fast_attention
 from sae_lens_multimodal.scenes.packing import answer_loss, pack
 from sae_lens_multimodal.scenes.prompts import Prompt, Prompter
 from sae_lens_multimodal.scenes.text_phase import BATCH_WEIGHTS, draw_batches
-from sae_lens_multimodal.scenes.training_state import Phase
+from sae_lens_multimodal.scenes.training_state import MuonAdam, Phase, rank
 from sae_lens_multimodal.scenes.vision_phase import dense_loss, patch_classes, patch_features, picture_tokens, pixels
 
 if TYPE_CHECKING:
@@ -35,21 +35,28 @@ def train_joint(model: LlavaNextForConditionalGeneration, pool: Pool, folder: Pa
         folder: of checkpoints.
         plan: what to do.
     """
-    seeing = [*model.model.vision_tower.parameters(), *model.model.multi_modal_projector.parameters()]
-    known = {id(p) for p in seeing}
-    groups = [{"params": [p for p in model.parameters() if id(p) not in known], "lr": plan.rate}]
-    if plan.vision_rate:
-        groups.append({"params": seeing, "lr": plan.vision_rate})
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.02, betas=(0.9, 0.99))
+    optimizer = _optimizer(model, plan)
     phase = Phase(name=plan.name, folder=folder, module=model, optimizer=optimizer, n_steps=plan.n_steps)
     with fast_attention(model):
         while not phase.done:
             _joint_step(model, pool, phase, plan)
 
 
+def _optimizer(model: LlavaNextForConditionalGeneration, plan: Plan) -> torch.optim.Optimizer:
+    """Choose Muon while the vision tower is frozen, AdamW with two learning rates when all is trained."""
+    seeing = [*model.model.vision_tower.parameters(), *model.model.multi_modal_projector.parameters()]
+    known = {id(p) for p in seeing}
+    rest = [p for p in model.parameters() if id(p) not in known]
+    if plan.vision_rate:
+        groups = [{"params": rest, "lr": plan.rate}, {"params": seeing, "lr": plan.vision_rate}]
+        return torch.optim.AdamW(groups, weight_decay=0.02, betas=(0.9, 0.99))
+    inner = {id(p) for p in model.model.language_model.layers.parameters() if p.ndim == 2}
+    return MuonAdam([p for p in rest if id(p) in inner], [p for p in rest if id(p) not in inner], plan.rate)
+
+
 def _joint_step(model: LlavaNextForConditionalGeneration, pool: Pool, phase: Phase, plan: Plan) -> None:
     """Take one step."""
-    rng = np.random.default_rng((phase.step, 5, *plan.name.encode()))
+    rng = np.random.default_rng((phase.step, 5, rank(), *plan.name.encode()))
     total, numbers = torch.zeros(()), {}
     for batch, prompts in draw_batches(Prompter(pool, rng), plan.sizes).items():
         tokens, dense = see(model, pool, prompts, rng, keep=plan.keep, frozen=not plan.vision_rate)

@@ -79,15 +79,21 @@ class Prompter:
         prompt.show(self._pick(self._scenes))
         objects = self.pool.attributes(prompt.pictures[0])
         prompt.questions = [_list(objects)]
-        prompt.questions += [asking.ask_presence(objects, rng) for _ in range(3)]
+        prompt.questions += [q.short_list_question(objects, kind) for kind in KIND_ORDER]
+        prompt.questions += [asking.ask_presence(objects, rng) for _ in range(2)]
         prompt.questions += [self._single(objects) for _ in range(2)]
         prompt.questions += [asking.ask_attribute(objects, rng) for _ in range(2)]
-        prompt.questions += [q.attribute_question(objects, {"colour": one["colour"]}, "shape") for one in objects]
-        lettered = [one for one in objects if "glyph" in one]
-        prompt.questions += [q.attribute_question(objects, {"colour": one["colour"]}, "glyph") for one in lettered]
+        prompt.questions += self._by_colour(objects)
         if rng.random() < 0.5:
             prompt.questions.append(asking.ask_leading(objects, rng))
         return prompt
+
+    def _by_colour(self, objects: Sequence[dict[str, str]]) -> list[q.Question]:
+        """Ask for the shape of some objects and the glyph of one, by their colours."""
+        some = [objects[k] for k in self.rng.permutation(len(objects))[:2]]
+        out = [q.attribute_question(objects, {"colour": one["colour"]}, "shape") for one in some]
+        lettered = [one for one in objects if "glyph" in one][:1]
+        return out + [q.attribute_question(objects, {"colour": one["colour"]}, "glyph") for one in lettered]
 
     def _single(self, objects: Sequence[dict[str, str]]) -> q.Question:
         """Ask whether one attribute is there at all; no is as frequent as yes."""
@@ -156,7 +162,8 @@ class Prompter:
         objects = asking.draw_objects(rng, int(rng.integers(1, 6)))
         prompt.tell(asking.text_context(objects))
         prompt.questions = [_list(objects), *(asking.ask_scene(objects, rng) for _ in range(4))]
-        prompt.questions += [q.attribute_question(objects, {"colour": one["colour"]}, "shape") for one in objects]
+        prompt.questions += [q.short_list_question(objects, kind) for kind in KIND_ORDER]
+        prompt.questions += self._by_colour(objects)
         return prompt
 
     def captioned(self) -> Prompt:

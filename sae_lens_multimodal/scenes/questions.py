@@ -70,6 +70,20 @@ def list_question(objects: Sequence[SceneObject]) -> Question:
     return Question(LIST_QUESTION, " , ".join(one.phrase for one in objects), "list")
 
 
+def short_list_question(objects: Sequence[Attributes], kind: str) -> Question:
+    """Ask for one kind of attribute of every object: "what shape is in the picture ?" -> "red circle , blue star".
+
+    In training these lists are what teaches the look-up of one attribute by another. For colours the shape comes
+    first ("circle red , star blue"); objects without a glyph are left out of the list of letters.
+    """
+    having = [one for one in objects if kind in one]
+    if kind == "colour":
+        answer = " , ".join(f"{one['shape']} {one['colour']}" for one in having)
+    else:
+        answer = " , ".join(f"{one['colour']} {one[kind]}" for one in having)
+    return Question(f"what {_KIND_WORDS[kind]} is in the picture ?", answer or phrase_of({}), "short list")
+
+
 def presence_question(objects: Sequence[Attributes], wanted: Attributes) -> Question:
     """Ask whether an object with all the wanted attributes is there: "is there a red circle ?"."""
     found = any(matches(one, wanted) for one in objects)

@@ -25,21 +25,22 @@ TEXT_STEPS, TEXT_MORE_STEPS, TEXT_MORE_RATE = 720, 330, 7e-4
 PLANS: tuple[Plan, ...] = (
     Plan(
         name="seen",
-        n_steps=1300,
-        sizes={"scene": 20, "crop": 2, "group": 4, "long": 0.1, "text": 7, "mixed": 0.25},
-        rate=1e-3,
+        n_steps=520,
+        sizes={"scene": 16, "crop": 1, "group": 3, "long": 0.05, "text": 5, "mixed": 0.2},
+        rate=1.2e-3,
         vision_rate=0.0,
-        keep=0.2,
+        keep=0.1,
     ),
     Plan(
         name="joint",
-        n_steps=600,
-        sizes={"scene": 12, "crop": 4, "group": 5, "long": 0.5, "text": 3, "mixed": 0.5},
-        rate=5e-4,
-        vision_rate=1.5e-4,
+        n_steps=300,
+        sizes={"scene": 10, "crop": 3, "group": 4, "long": 0.3, "text": 3, "mixed": 0.3},
+        rate=8e-4,
+        vision_rate=0.0,
         keep=1.0,
     ),
 )
+"""The phases on real pictures, in order; each decays to a learning rate of nothing."""
 
 
 def train(

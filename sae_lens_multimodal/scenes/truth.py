@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import torch
 
 from sae_lens_multimodal.data.batches import encoded_batches
 from sae_lens_multimodal.data.stream import read_prompts
@@ -86,6 +87,7 @@ class Firings(NamedTuple):
     value: NDArray[np.float32]
 
 
+@torch.no_grad()
 def fit_features(
     model: VisionLanguageModel,
     sae: Any,  # noqa: ANN401 - any SAE-Lens SAE
@@ -117,7 +119,7 @@ def fit_features(
         activations = read_activations(model, batch, hook)[hook]
         for row, prompt in enumerate(prompts):
             layout = batch.layout.row(row)
-            scenes = [make_scene(seed) for seed in prompt.extras["scene_seeds"]]
+            scenes = [make_scene(seed) for seed in prompt.extras.get("scene_seeds", ())]
             words = model.token_strings(batch["input_ids"][row])
             truth = token_labels(scenes, layout, words)
             for modality in MODALITIES:

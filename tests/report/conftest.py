@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from report_sample import findings, write_store
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 
 from sae_lens_multimodal.features.store import FeatureStore
 from sae_lens_multimodal.report.build import build_report
+from tests.report.report_sample import findings, write_store
 
 FLAGS = (
     "--headless=new",

@@ -8,13 +8,13 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from report_sample import EVIL, EVIL_ATTRIBUTE, EVIL_END, EVIL_IMAGE, TEXT_FEATURE
 
 from sae_lens_multimodal.errors import FeatureError, ImageError, StoreError
 from sae_lens_multimodal.features.store import FeatureStore
 from sae_lens_multimodal.files import MANIFEST_NAME, read_manifest
 from sae_lens_multimodal.report.build import REPORT_KIND, SCHEMA_VERSION, build_report
 from sae_lens_multimodal.report.records import SteeringRecord
+from tests.report.report_sample import EVIL, EVIL_ATTRIBUTE, EVIL_END, EVIL_IMAGE, TEXT_FEATURE
 
 ALLOWED_SCRIPTS = {"static/index.js", "../static/feature.js", None}
 

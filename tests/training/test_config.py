@@ -195,3 +195,11 @@ def test_a_missing_file(tmp_path: Path) -> None:
 def test_a_width_must_be_given() -> None:
     with pytest.raises(ConfigError, match=r"sae.d_sae is missing"):
         build_config({"sae": {"architecture": "topk"}})
+
+
+EXAMPLES = sorted((Path(__file__).parents[2] / "examples" / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=[path.stem for path in EXAMPLES])
+def test_the_example_files_can_be_loaded(path: Path) -> None:
+    assert load_config(path).sae.d_sae > 0
