@@ -141,8 +141,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except MultimodalError as error:
         sys.stderr.write(f"error: {error}\n")
         return 1
-    except KeyboardInterrupt:
-        sys.stderr.write("stopped; what was finished is on disk, and the same command goes on from there\n")
+    except KeyboardInterrupt as stopped:
+        sys.stderr.write(f"stopped{f': {stopped}' if str(stopped) else '; what was finished is on disk'}\n")
         return 130
     return 0
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Literal
 
-from sae_lens_multimodal.adapters.model import EncodedBatch, VisionLanguageModel
+from sae_lens_multimodal.adapters.batch import EncodedBatch
+from sae_lens_multimodal.adapters.model import VisionLanguageModel
 from sae_lens_multimodal.data.rows import Prompt, SkipReport
 from sae_lens_multimodal.errors import ConfigError, DatasetError, ImageError, LayoutError, PromptError
 from sae_lens_multimodal.types import Modality

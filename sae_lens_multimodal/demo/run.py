@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from sae_lens import SAE, BatchTopKTrainingSAEConfig
+from sae_lens import SAE, TopKTrainingSAEConfig
 
 from sae_lens_multimodal.adapters.model import VisionLanguageModel, load_model
 from sae_lens_multimodal.autointerp.explain import explain
@@ -118,8 +118,8 @@ def _step(title: str, seconds: dict[str, float], name: str, say: Say) -> Iterato
 
 def train_sae(model: VisionLanguageModel, settings: DemoSettings, output: Path) -> SAE[Any]:
     """Train as a user would: a SAE-Lens config, its runner, and SAE-Lens's own loader."""
-    config = MultimodalSAERunnerConfig(
-        sae=BatchTopKTrainingSAEConfig(d_in=model.d_model, d_sae=settings.d_sae, k=settings.k),
+    config: MultimodalSAERunnerConfig[TopKTrainingSAEConfig] = MultimodalSAERunnerConfig(
+        sae=TopKTrainingSAEConfig(d_in=model.d_model, d_sae=settings.d_sae, k=settings.k),
         model_name="tiny LLaVA-NeXT of sae_lens_multimodal.scenes",
         hook_name=settings.hook_name,
         dataset_path="sae_lens_multimodal.scenes",
@@ -128,7 +128,8 @@ def train_sae(model: VisionLanguageModel, settings: DemoSettings, output: Path) 
         train_batch_size_tokens=2048,
         store_batch_size_prompts=settings.batch_size,
         n_batches_in_buffer=16,
-        lr=2e-3,
+        lr=3e-3,
+        dead_feature_window=20,
         lr_warm_up_steps=20,
         lr_decay_steps=settings.training_tokens // 2048 // 3,
         n_eval_batches=0,

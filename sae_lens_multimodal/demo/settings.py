@@ -16,7 +16,7 @@ class DemoSettings:
     d_sae: int = 512
     """Width of the SAE."""
     k: int = 8
-    """Features that may fire on a token, on average."""
+    """Features that fire on a token."""
     training_tokens: int = 1_000_000
     """Tokens that the SAE is trained on."""
     image_share: float = 0.6

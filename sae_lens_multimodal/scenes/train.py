@@ -25,7 +25,7 @@ TEXT_STEPS, TEXT_MORE_STEPS, TEXT_MORE_RATE = 720, 330, 7e-4
 PLANS: tuple[Plan, ...] = (
     Plan(
         name="seen",
-        n_steps=520,
+        n_steps=900,
         sizes={"scene": 16, "crop": 1, "group": 3, "long": 0.05, "text": 5, "mixed": 0.2},
         rate=1.2e-3,
         vision_rate=0.0,

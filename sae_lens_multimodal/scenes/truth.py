@@ -161,7 +161,7 @@ def token_labels(scenes: Sequence[Scene], layout: TokenLayout, words: Sequence[s
         )
     labels = np.full((len(words), len(CONCEPTS)), ABSENT, dtype=np.int8)
     modality = layout.modality[0].cpu().numpy()
-    for position in np.flatnonzero(modality == Modality.TEXT):
+    for position in np.flatnonzero(modality == Modality.TEXT).tolist():
         named = attribute_of(words[position])
         if named is not None:
             labels[position, CONCEPTS.index(Concept(*named))] = PRESENT
