@@ -9,6 +9,7 @@ import torch
 
 from sae_lens_multimodal.scenes.fast_attention import fast_attention
 from sae_lens_multimodal.scenes.packing import answer_loss, pack
+from sae_lens_multimodal.scenes.plans import SPARSE_KEEP
 from sae_lens_multimodal.scenes.prompts import Prompt, Prompter
 from sae_lens_multimodal.scenes.text_phase import BATCH_WEIGHTS, draw_batches
 from sae_lens_multimodal.scenes.training_state import MuonAdam, Phase, rank
@@ -57,9 +58,12 @@ def _optimizer(model: LlavaNextForConditionalGeneration, plan: Plan) -> torch.op
 def _joint_step(model: LlavaNextForConditionalGeneration, pool: Pool, phase: Phase, plan: Plan) -> None:
     """Take one step."""
     rng = np.random.default_rng((phase.step, 5, rank(), *plan.name.encode()))
+    alike = np.random.default_rng((phase.step, 6))
+    sparse = alike.random() < plan.sparse * (1 - phase.step / plan.n_steps)
+    keep = SPARSE_KEEP if sparse else plan.keep
     total, numbers = torch.zeros(()), {}
     for batch, prompts in draw_batches(Prompter(pool, rng), plan.sizes).items():
-        tokens, dense = see(model, pool, prompts, rng, keep=plan.keep, frozen=not plan.vision_rate)
+        tokens, dense = see(model, pool, prompts, rng, keep=keep, frozen=not plan.vision_rate)
         loss, right = answer_loss(model, pack(prompts, [len(t) for t in tokens]), tokens)
         total = total + BATCH_WEIGHTS[batch] * loss + _DENSE_WEIGHT * dense
         numbers |= {f"{batch}_{key}": value for key, value in right.items()}

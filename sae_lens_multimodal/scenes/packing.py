@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional
 
 from sae_lens_multimodal.scenes.prompts import IMAGE_ID, PAD_ID, Prompt, ids_of
+from sae_lens_multimodal.scenes.words import GLYPHS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 _PADDING = -1
 _EASY_END = 0.2
+_GLYPH_IDS = frozenset(ids_of(" ".join(GLYPHS)))
+_GLYPH_WEIGHT, _ATTRIBUTE_WEIGHT = 4.0, 2.0
 """Weight of the end token after answers of one word."""
 
 
@@ -100,9 +103,14 @@ def _pack_one(prompt: Prompt, lengths) -> _Row:  # noqa: ANN001 - an iterator ov
         row.extend([*question, *answer[:-1]], k, begin)
         one_word, yes_no = len(answer) == 2 and asked.kind != "common", asked.answer in ("yes", "no")
         for j, wanted in enumerate(answer):
-            easy = one_word and j == 1
-            row.answers.append((first + len(question) - 1 + j, wanted, _EASY_END if easy else 1.0, yes_no and j == 0))
+            weight = _EASY_END if one_word and j == 1 else _weight(asked.kind, wanted)
+            row.answers.append((first + len(question) - 1 + j, wanted, weight, yes_no and j == 0))
     return row
+
+
+def _weight(kind: str, wanted: int) -> float:
+    """Weigh what is rare and hard: glyphs, and attributes of a named object."""
+    return _GLYPH_WEIGHT if wanted in _GLYPH_IDS else _ATTRIBUTE_WEIGHT if kind == "attribute" else 1.0
 
 
 def attention_mask(segments: Tensor) -> Tensor:

@@ -19,3 +19,8 @@ class Plan(NamedTuple):
     """Top learning rate of the vision tower and the projector; 0 freezes them."""
     keep: float
     """Share of the tokens without an object that stay in the sequence; 1 in the end, as in real use."""
+    sparse: float = 0.0
+    """Share of steps, falling to none, in which only SPARSE_KEEP of those tokens stay: cheaper, and easier."""
+
+
+SPARSE_KEEP = 0.15

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -89,7 +90,7 @@ def build_pool(folder: Path, n_scenes: int, *, workers: int = 2, first_seed: int
         with ProcessPoolExecutor(workers) as executor:
             parts = list(executor.map(_render_seeds, jobs))
         columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        temporary = path.with_suffix(".tmp.npz")
+        temporary = path.with_name(f"{path.stem}.{os.getpid()}.npz")
         np.savez(temporary, **columns)
         temporary.replace(path)
     with np.load(path) as found:

@@ -82,17 +82,17 @@ class Prompter:
         prompt.questions += [q.short_list_question(objects, kind) for kind in KIND_ORDER]
         prompt.questions += [asking.ask_presence(objects, rng) for _ in range(2)]
         prompt.questions += [self._single(objects) for _ in range(2)]
-        prompt.questions += [asking.ask_attribute(objects, rng) for _ in range(2)]
+        prompt.questions += [asking.ask_attribute(objects, rng) for _ in range(3)]
         prompt.questions += self._by_colour(objects)
         if rng.random() < 0.5:
             prompt.questions.append(asking.ask_leading(objects, rng))
         return prompt
 
     def _by_colour(self, objects: Sequence[dict[str, str]]) -> list[q.Question]:
-        """Ask for the shape of some objects and the glyph of one, by their colours."""
+        """Ask for the shape and the glyph of some objects by their colours."""
         some = [objects[k] for k in self.rng.permutation(len(objects))[:2]]
         out = [q.attribute_question(objects, {"colour": one["colour"]}, "shape") for one in some]
-        lettered = [one for one in objects if "glyph" in one][:1]
+        lettered = [one for one in objects if "glyph" in one][:2]
         return out + [q.attribute_question(objects, {"colour": one["colour"]}, "glyph") for one in lettered]
 
     def _single(self, objects: Sequence[dict[str, str]]) -> q.Question:

@@ -11,7 +11,7 @@ from sae_lens_multimodal.scenes.fast_attention import fast_attention
 from sae_lens_multimodal.scenes.packing import answer_loss, pack
 from sae_lens_multimodal.scenes.pool import KIND_ORDER, NEWLINE, Pool
 from sae_lens_multimodal.scenes.prompts import Prompt, Prompter
-from sae_lens_multimodal.scenes.training_state import Phase
+from sae_lens_multimodal.scenes.training_state import Phase, rank
 from sae_lens_multimodal.scenes.vision_phase import BACKGROUND_ID, WORD_IDS, patch_classes, targets
 from sae_lens_multimodal.scenes.words import ATTRIBUTES
 
@@ -126,7 +126,7 @@ def train_text(
     sizes: dict[str, float] = {"scene": 14, "crop": 3, "group": 6, "text": 12, "mixed": 0.5}
     with fast_attention(model):
         while not phase.done:
-            rng = np.random.default_rng((phase.step, 4, *name.encode()))
+            rng = np.random.default_rng((phase.step, 4, rank(), *name.encode()))
             keep = 0.05 + 0.35 * max(0.0, phase.step / n_steps - 0.6) / 0.4
             _text_step(model, pool, phase, Prompter(pool, rng), draw_sizes=sizes, keep=keep)
     embedding.requires_grad_(True)

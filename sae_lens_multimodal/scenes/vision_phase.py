@@ -16,7 +16,7 @@ from torch.nn import functional
 from sae_lens_multimodal.scenes.fast_attention import fast_attention
 from sae_lens_multimodal.scenes.pool import KIND_ORDER, NEWLINE, PATCHES, Pool
 from sae_lens_multimodal.scenes.tiny_config import SPECIALS, WORDS
-from sae_lens_multimodal.scenes.training_state import Phase
+from sae_lens_multimodal.scenes.training_state import Phase, rank
 from sae_lens_multimodal.scenes.words import ATTRIBUTES
 
 if TYPE_CHECKING:
@@ -196,7 +196,7 @@ def train_vision(
     embedding = model.get_input_embeddings().weight.detach()
     with fast_attention(model):
         while not phase.done:
-            rng = np.random.default_rng((phase.step, 3, *name.encode()))
+            rng = np.random.default_rng((phase.step, 3, rank(), *name.encode()))
             easy = 0.2 if small else 0.9 - 0.65 * min(1.0, max(0.0, phase.step / n_steps - 0.3) / 0.4)
             tiles, of_tile = draw_tiles(pool, rng, 144, easy, 0.7 if small else 0.0)
             classes = torch.from_numpy(tile_classes(pool, tiles, of_tile))

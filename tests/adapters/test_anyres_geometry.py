@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from adapter_samples import picture, prompt
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -23,6 +22,7 @@ from sae_lens_multimodal.adapters.model import VisionLanguageModel
 from sae_lens_multimodal.adapters.random_models import random_llava_next
 from sae_lens_multimodal.errors import LayoutError, UnsupportedModelError
 from sae_lens_multimodal.types import Modality
+from tests.adapters.adapter_samples import picture, prompt
 
 TINY = ([[48, 96], [96, 48], [96, 96]], 48, 8)
 FULL = ([[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]], 336, 14)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from adapter_samples import picture, prompt
 from PIL import Image
 
 from sae_lens_multimodal.adapters.model import VisionLanguageModel
 from sae_lens_multimodal.adapters.prompts import parse_conversations
 from sae_lens_multimodal.errors import ImageError, PromptError
+from tests.adapters.adapter_samples import picture, prompt
 
 IMAGE = Image.new("RGB", (3, 2))
 

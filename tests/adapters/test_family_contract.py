@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from adapter_samples import mixed_prompts, picture, prompt
 from torch import Tensor, nn
 
 from sae_lens_multimodal.adapters.hook_points import HookPoint
 from sae_lens_multimodal.adapters.model import VisionLanguageModel
 from sae_lens_multimodal.types import Modality
+from tests.adapters.adapter_samples import mixed_prompts, picture, prompt
 
 TOLERANCE = 1e-5
 

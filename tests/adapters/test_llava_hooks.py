@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from adapter_samples import mixed_prompts, picture, prompt
 from torch import Tensor
 
 from sae_lens_multimodal.adapters.model import VisionLanguageModel, load_model
 from sae_lens_multimodal.adapters.registry import find_family
 from sae_lens_multimodal.errors import UnknownHookError
+from tests.adapters.adapter_samples import mixed_prompts, picture, prompt
 
 
 @pytest.fixture(scope="module")

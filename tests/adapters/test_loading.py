@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from adapter_samples import picture, prompt
 from nnsight import TransformersModel
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -18,6 +17,7 @@ from sae_lens_multimodal.adapters.model import VisionLanguageModel, load_model
 from sae_lens_multimodal.adapters.registry import find_family
 from sae_lens_multimodal.errors import ModelLoadError, MultimodalError, UnsupportedModelError
 from sae_lens_multimodal.scenes import model_folder
+from tests.adapters.adapter_samples import picture, prompt
 
 
 @pytest.fixture(scope="module")

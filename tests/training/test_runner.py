@@ -87,7 +87,8 @@ def test_training_learns(model: VisionLanguageModel, make_config: Any, rows: Row
 def test_a_short_batchtopk_run_is_saved_with_about_k_features_a_token(
     model: VisionLanguageModel, make_config: Any, rows: Rows
 ) -> None:
-    runner, _ = run(model, make_config(sae={"architecture": "batchtopk"}, training_tokens=64 * 40), rows)
+    changes = {"sae": {"architecture": "batchtopk"}, "training_tokens": 64 * 40, "n_eval_batches": 6}
+    runner, _ = run(model, make_config(**changes), rows)
     fired = [runner.metrics[modality]["l0"] for modality in ("image", "text")]
     # SAE-Lens's running mean would let 20 and more fire.
     assert sum(fired) / 2 == pytest.approx(4, abs=1)
