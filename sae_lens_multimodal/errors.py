@@ -62,7 +62,3 @@ class StoreError(MultimodalError, OSError):
 
 class JudgeError(MultimodalError, RuntimeError):
     """A judge (explainer or scorer model) that cannot be asked at all."""
-
-
-class MissingExtraError(MultimodalError, ImportError):
-    """An optional package is needed for what was asked."""

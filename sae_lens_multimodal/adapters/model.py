@@ -58,7 +58,7 @@ def load_model(
             `quantization_config`, …).
 
     Raises:
-        ModelLoadError: model or processor cannot be found or read.
+        ModelLoadError: model or processor cannot be found or read, or this machine lacks the device.
         UnsupportedModelError: there is no adapter for its family.
 
     Example:
@@ -67,13 +67,14 @@ def load_model(
         >>> model.hooks.resolve("blocks.2.hook_resid_post").module_path
         'model.language_model.layers.2'
     """
+    check_device(device)
     if isinstance(name_or_module, nn.Module):
         module = name_or_module
         name = str(getattr(module, "name_or_path", "") or type(module).__name__)
         settings: Any = module.config
         adapter = find_family(family or str(settings.model_type), name=name)
         if device is not None or dtype is not None:
-            module = module.to(device=device, dtype=_as_dtype(dtype))
+            module = _placed(module, device, _as_dtype(dtype))
     else:
         name = fspath(name_or_module)
         shared = {key: from_pretrained_kwargs[key] for key in _SHARED_KWARGS if key in from_pretrained_kwargs}
@@ -99,6 +100,7 @@ def _load(auto_class: Any, name: str, what: str, **kwargs: Any) -> Any:  # noqa:
         KeyError,
         TypeError,
         AttributeError,
+        AssertionError,
         RuntimeError,
         ImportError,
         SafetensorError,
@@ -127,7 +129,42 @@ def _load_module(
         trust_remote_code=trust_remote_code,
         **kwargs,
     )
-    return module if "device_map" in kwargs else module.to(device or "cpu")
+    return module if "device_map" in kwargs else _placed(module, device or "cpu")
+
+
+def check_device(device: str | torch.device | None) -> None:
+    """Check that tensors can be put on a device; None is any.
+
+    Raises:
+        ModelLoadError: there is no such device on this machine.
+    """
+    try:
+        torch.empty(0, device=device)
+    # torch says it in all of these ways, by kind of device and build
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+        raise ModelLoadError(
+            f"got device={str(device)!r}, which this machine or build of torch does not have; expected one such as "
+            f"{_known_devices()}."
+        ) from error
+
+
+def _known_devices() -> str:
+    found = ["'cpu'"]
+    if torch.cuda.is_available():
+        found += [f"'cuda:{index}'" for index in range(torch.cuda.device_count())]
+    if torch.backends.mps.is_available():
+        found.append("'mps'")
+    return " or ".join(found)
+
+
+def _placed(module: nn.Module, device: str | torch.device | None, dtype: torch.dtype | None = None) -> nn.Module:
+    try:
+        return module.to(device=device, dtype=dtype)
+    except torch.OutOfMemoryError as error:
+        raise ModelLoadError(
+            f"the model does not fit into the memory of {device}; give dtype='bfloat16', device_map='auto' or another "
+            "device."
+        ) from error
 
 
 def _as_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -12,9 +12,6 @@ from PIL import Image, ImageDraw, ImageEnhance
 from sae_lens_multimodal.autointerp.styles import RegionStyle
 from sae_lens_multimodal.errors import SelectionError
 from sae_lens_multimodal.types import Box
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 OUTLINE_COLOURS = ((255, 255, 255), (0, 0, 0))
 """Outer and inner line: one of them stands out on any ground."""
@@ -51,7 +48,7 @@ class HasBox(Protocol):
 
 def shown_box(region: HasBox, size: tuple[int, int], style: RegionStyle) -> tuple[int, int, int, int]:
     """Give the whole pixels that a crop shows: the region and its margin, as far as the picture reaches."""
-    margin = region.patch_pixels / 2 if style.margin_pixels is None else style.margin_pixels
+    margin = style.for_patches(region.patch_pixels).margin_pixels or 0.0
     x0, y0, x1, y1 = region.box
     # a box from float32 may lie a hair beyond a whole pixel
     left, top = max(0, math.floor(x0 - margin + 1e-3)), max(0, math.floor(y0 - margin + 1e-3))
@@ -101,8 +98,24 @@ def mark(picture: Image.Image, region: HasBox, style: RegionStyle) -> Image.Imag
     return outline(dim(picture, region, style), region, style)
 
 
-def show(picture: Image.Image, region: HasBox, style: RegionStyle) -> list[Image.Image]:
-    """Show a region as the style says: one view, or the crop and then the marked picture."""
+def show(
+    picture: Image.Image, region: HasBox, style: RegionStyle, *, heat: Float[np.ndarray, "h w"] | None = None
+) -> list[Image.Image]:
+    """Show a region as the style says: one view, or the crop and then the marked picture.
+
+    Args:
+        picture: the whole picture.
+        region: which part of it.
+        style: how.
+        heat: activation of each pixel; only the view "heat" needs it.
+
+    Raises:
+        SelectionError: the region lies outside of the picture, or the view "heat" got no heat map of its size.
+    """
+    if style.view == "heat":
+        if heat is None:
+            raise SelectionError("the view 'heat' got no heat map; give one, or choose another view.")
+        return [heat_overlay(picture, heat)]
     views = {"crop": (crop,), "marked": (mark,), "both": (crop, mark)}
     return [draw(picture, region, style) for draw in views[style.view]]
 
@@ -147,13 +160,3 @@ def heat_overlay(
     alpha = (opacity[0] + (opacity[1] - opacity[0]) * share)[..., None]
     mixed = (1 - alpha) * np.asarray(picture.convert("RGB"), dtype=np.float64) + alpha * colours(share)
     return Image.fromarray(mixed.round().astype(np.uint8))
-
-
-def sheet(pictures: Sequence[Image.Image], *, columns: int, gap: int = 4) -> Image.Image:
-    """Put pictures into one, in rows, on white: for a quick look."""
-    cell_w, cell_h = max(p.width for p in pictures) + gap, max(p.height for p in pictures) + gap
-    rows = math.ceil(len(pictures) / columns)
-    board = Image.new("RGB", (cell_w * columns + gap, cell_h * rows + gap), (255, 255, 255))
-    for index, picture in enumerate(pictures):
-        board.paste(picture, (gap + index % columns * cell_w, gap + index // columns * cell_h))
-    return board

@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from sae_lens_multimodal.autointerp.explanation import EXPLANATIONS, Explanation, ModalityName, Shown
+from sae_lens_multimodal.autointerp.costs import ledger_kept
+from sae_lens_multimodal.autointerp.explanation import (
+    EXPLANATIONS,
+    KIND,
+    SCHEMA_VERSION,
+    Explanation,
+    ModalityName,
+    Shown,
+)
 from sae_lens_multimodal.autointerp.judges.base import (
     TRANSIENT,
     FailureKind,
@@ -21,7 +29,7 @@ from sae_lens_multimodal.autointerp.judges.base import (
 )
 from sae_lens_multimodal.autointerp.prompts import GeneralPrompts, PromptBook
 from sae_lens_multimodal.autointerp.records import RecordFolder
-from sae_lens_multimodal.autointerp.regions import find_regions, show, silent_region
+from sae_lens_multimodal.autointerp.regions import crop, find_regions, heat_of, show, silent_region
 from sae_lens_multimodal.autointerp.selection import choose_modality, shown_to_explainer, silent_for_explainer
 from sae_lens_multimodal.autointerp.texts import MarkedText, marked_text, plain_text
 from sae_lens_multimodal.errors import ConfigError
@@ -35,8 +43,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-KIND = "explanations"
-SCHEMA_VERSION = 1
 FEATURES_AT_ONCE = 64
 """Requests of so many features are made, held in memory and asked together."""
 
@@ -67,7 +73,8 @@ def explain(
 ) -> list[Explanation]:
     """Ask a judge what features stand for.
 
-    Explanations are added to `explanations.jsonl` as they come; running again goes on where it stopped.
+    Explanations are added to `explanations.jsonl` as they come; running again goes on where it stopped. `ledger.json`
+    says what all runs together cost: requests asked and answered from the cache, tokens, seconds, failures.
 
     Args:
         store: the features and their examples.
@@ -112,7 +119,8 @@ def explain(
     known = _known(folder, retry_failed=retry_failed)
     asker = _Asker(store, book, judge.id, n_examples, n_contrast, threshold, context, seed)
     missing = [key for key in wanted if key not in known]
-    with tqdm(total=len(missing), desc="explain", unit="feature", disable=not progress) as bar:
+    bar = tqdm(total=len(missing), desc="explain", unit="feature", disable=not progress)
+    with bar, ledger_kept(judge, folder.folder):
         for start in range(0, len(missing), FEATURES_AT_ONCE):
             chunk = missing[start : start + FEATURES_AT_ONCE]
             questions = [question for key in chunk if (question := asker.question(*key)) is not None]
@@ -237,14 +245,20 @@ class _Asker:
         shown: list[Shown] = []
         contrast: list[Shown] = []
         for example in examples:
-            region = find_regions(example, threshold=self.threshold)[0]
+            # a feature that fires on padding alone has no region
+            region = next(iter(find_regions(example, threshold=self.threshold)), None)
+            if region is None:
+                continue
             picture = example.images[region.image]
-            active.append(show(picture, region, style))
+            heat = heat_of(example, region.image) if style.view == "heat" else None
+            active.append(show(picture, region, style, heat=heat))
             shown.append(Shown(prompt_id=example.prompt_id, active=True, image=region.image, box=region.box))
             other = silent_region(example, region, rng, margin_pixels=style.margin_pixels)
             if other is not None and len(quiet) < self.n_contrast:
-                quiet.append(show(picture, other, style)[0])
+                quiet.append(crop(picture, other, style) if style.view == "heat" else show(picture, other, style)[0])
                 contrast.append(Shown(prompt_id=example.prompt_id, active=False, image=other.image, box=other.box))
+        if not active:
+            return None, []
         for example in silent[: self.n_contrast - len(quiet)]:
             if example.images:
                 quiet.append(example.images[0])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,7 +11,7 @@ from typing import Any, Literal, TypeAlias
 
 from sae_lens_multimodal.autointerp.judges.base import JudgeFailure
 from sae_lens_multimodal.autointerp.prompts import short_label
-from sae_lens_multimodal.autointerp.records import json_lines
+from sae_lens_multimodal.autointerp.records import json_lines, lines_of_folder
 from sae_lens_multimodal.errors import StoreError
 from sae_lens_multimodal.types import Box
 
@@ -18,6 +20,9 @@ MODALITIES: tuple[ModalityName, ...] = ("image", "text")
 
 EXPLANATIONS = "explanations"
 """Name of the JSONL file."""
+KIND = "explanations"
+"""What the manifest of its folder says."""
+SCHEMA_VERSION = 1
 BY_HAND = "by hand"
 """The judge of explanations that a file does not name one for."""
 
@@ -71,9 +76,10 @@ class Explanation:
         return tuple(sorted({one.prompt_id for one in self.shown}))
 
     @property
-    def example_ids(self) -> tuple[int, ...]:
-        """The prompts in which the explainer saw the feature fire, in that order."""
-        return tuple(dict.fromkeys(one.prompt_id for one in self.shown if one.active))
+    def digest(self) -> str:
+        """Hash of the words and of all that the explainer saw: scores of it hold for no other."""
+        content = json.dumps(self.to_json(), sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
 
     @property
     def status(self) -> Literal["explained", "nothing in common", "failed"]:
@@ -107,13 +113,21 @@ def read_explanations(path: Path | str) -> list[Explanation]:
         path: a folder made by `explain`, or a JSONL file. Every line needs `feature` and `text`; `modality` ("image"
             where missing), `label` and `judge` are optional.
 
+    Returns:
+        All of them; none where `explain` made the folder but has no explanation yet.
+
     Raises:
         StoreError: the file is missing, a line has another shape, or a feature is explained twice.
     """
     path = Path(path)
     file = path / f"{EXPLANATIONS}.jsonl" if path.is_dir() else path
+    lines = (
+        lines_of_folder(path, EXPLANATIONS, kind=KIND, schema_version=SCHEMA_VERSION)
+        if path.is_dir()
+        else json_lines(path)
+    )
     found: dict[tuple[int, str], Explanation] = {}
-    for number, record in json_lines(file):
+    for number, record in lines:
         explanation = _read_line(record, f"{file}, line {number}")
         key = (explanation.feature, explanation.modality)
         if key in found:

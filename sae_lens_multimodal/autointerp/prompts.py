@@ -231,6 +231,8 @@ def _explained(view: View) -> str:
     """Say how a region is shown."""
     if view == "crop":
         return " (cut out)"
+    if view == "heat":
+        return " (bright yellow in its picture, all else tinted dark blue)"
     outlined = "outlined in its picture, all else dimmed"
     return f" ({outlined})" if view == "marked" else f" (cut out, then {outlined})"
 

@@ -68,6 +68,21 @@ class RecordFolder:
         write_text(self.path(name), "".join(lines))
 
 
+def lines_of_folder(
+    folder: Path | str, name: str, *, kind: str, schema_version: int
+) -> Iterable[tuple[int, dict[str, Any]]]:
+    """Read the records of a folder; there are none yet where it has its manifest but not the file.
+
+    Raises:
+        StoreError: there is neither that file nor a manifest of that kind, or a line is not a JSON object.
+    """
+    path = Path(folder) / f"{name}.jsonl"
+    if path.is_file():
+        return json_lines(path)
+    read_manifest(Path(folder), kind=kind, schema_version=schema_version)
+    return ()
+
+
 def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Read a JSONL file: number and object of every line that is not blank.
 

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 from jaxtyping import Bool, Float, Int64
 from PIL import Image
 
-from sae_lens_multimodal.autointerp.drawing import crop, heat_overlay, mark, outline, show
+from sae_lens_multimodal.autointerp.drawing import crop, heat_overlay, mark, outline, show, shown_box
+from sae_lens_multimodal.autointerp.styles import RegionStyle
 from sae_lens_multimodal.errors import SelectionError
 from sae_lens_multimodal.features.example import Example
 from sae_lens_multimodal.types import Box
 
-__all__ = ["Region", "crop", "find_regions", "heat_overlay", "mark", "outline", "show", "silent_region"]
+__all__ = [
+    "Region",
+    "crop",
+    "find_regions",
+    "heat_of",
+    "heat_overlay",
+    "mark",
+    "moved_heat",
+    "outline",
+    "show",
+    "silent_region",
+]
 
 TRIED_PLACES = 200
 """How many places a silent region is looked for at most."""
@@ -43,8 +55,9 @@ class Region:
 def find_regions(example: Example, *, threshold: float = 0.5) -> list[Region]:
     """Find the connected regions of pictures in which a feature fires, the strongest first.
 
-    Patches count from `threshold` times the example's strongest image activation on. In each picture the finest view
-    in which any patch counts is used. Patches are connected where they share an edge; none is added.
+    Patches count from `threshold` times the example's strongest image activation on; patches of mere padding, which
+    lie nowhere in the picture, do not count at all. In each picture the finest view in which any patch counts is used.
+    Patches are connected where they share an edge; none is added.
 
     Args:
         example: one feature on one prompt.
@@ -56,11 +69,12 @@ def find_regions(example: Example, *, threshold: float = 0.5) -> list[Region]:
     if not 0 < threshold <= 1:
         raise SelectionError(f"threshold is {threshold}; expected a share above 0 and at most 1.")
     values = example.image_values
-    peak = float(values.max(initial=0.0))
+    boxes = np.asarray(example.layout.boxes[0])
+    has_area = _has_area(boxes)
+    peak = float(values[has_area].max(initial=0.0))
     if peak <= 0:
         return []
-    boxes = np.asarray(example.layout.boxes[0])
-    counted = (values >= threshold * peak) & _has_area(boxes)
+    counted = (values >= threshold * peak) & has_area
     image_index, tile = np.asarray(example.layout.image_index[0]), np.asarray(example.layout.tile[0])
     regions = []
     for image in np.unique(image_index[counted]).tolist():
@@ -145,6 +159,8 @@ def silent_region(
 ) -> Region | None:
     """Find a region of the same picture and size in which the feature is silent.
 
+    Every patch that any part of the region shows must be silent, of the view of the whole picture and of its tiles.
+
     Of a few places drawn by chance the one with the most detail is taken, so that the wrong region is not told from
     the right one by being empty.
 
@@ -159,30 +175,52 @@ def silent_region(
         The silent region, or None where the picture has none of that size.
     """
     width, height = example.layout.image_sizes[0][region.image]
-    margin = region.patch_pixels / 2 if margin_pixels is None else margin_pixels
-    loud = np.flatnonzero(example.image_values > silence * region.peak).tolist()
+    style = RegionStyle(margin_pixels=margin_pixels)
+    loud = set(np.flatnonzero(example.image_values > silence * region.peak).tolist())
     picture = example.images[region.image].convert("L")
-    places = []
+    places: list[Region] = []
     for x, y in rng.permutation(_corners(example, region))[:TRIED_PLACES].tolist():
         box = Box(x, y, x + region.box.width, y + region.box.height)
-        seen = (max(x - margin, 0.0), max(y - margin, 0.0), min(box.x1 + margin, width), min(box.y1 + margin, height))
-        around = example.layout.tokens_in(seen, image=region.image, min_overlap=0.0, view=region.view)
-        if box.x1 <= width and box.y1 <= height and not set(loud).intersection(around.tolist()):
-            places.append(box)
+        if box.x1 > width or box.y1 > height:
+            continue
+        place = replace(region, box=box, tokens=(), peak=0.0)
+        seen = Box(*map(float, shown_box(place, (width, height), style)))
+        around = example.layout.tokens_in(seen, image=region.image, min_overlap=0.0, view="all")
+        if loud.isdisjoint(around.tolist()):
+            places.append(place)
         if len(places) == KEPT_PLACES:
             break
     if not places:
         return None
-    best = max(places, key=lambda place: _detail(picture, place))
-    tokens = example.layout.tokens_in(best, image=region.image, view=region.view)
-    return Region(
-        image=region.image,
-        box=best,
-        tokens=tuple(tokens.tolist()),
-        view=region.view,
-        patch_pixels=region.patch_pixels,
-        peak=0.0,
-    )
+    best = max(places, key=lambda place: _detail(picture, place.box))
+    tokens = example.layout.tokens_in(best.box, image=region.image, view=region.view)
+    return replace(best, tokens=tuple(tokens.tolist()))
+
+
+def heat_of(example: Example, image: int) -> Float[np.ndarray, "h w"]:
+    """Activation over a picture, of its tiles or of the view of the whole, whichever is stronger at each place."""
+    strongest: Float[np.ndarray, "h w"] = np.maximum(example.heatmap(image, "base"), example.heatmap(image, "tiles"))
+    return strongest
+
+
+def moved_heat(heat: Float[np.ndarray, "h w"], source: Box, target: Box) -> Float[np.ndarray, "h w"]:
+    """Lay the heat of one box over another of the same size, and none anywhere else.
+
+    So a right and a wrong region look alike but for their place.
+
+    Args:
+        heat: activation of each pixel of the picture.
+        source: the box whose heat is taken.
+        target: where it is laid; `source` itself to leave it where it is.
+    """
+    moved = np.zeros_like(heat)
+    x0, y0 = round(source.x0), round(source.y0)
+    left, top = round(target.x0), round(target.y0)
+    # rounding may push either box a pixel over the edge
+    width = min(round(source.width), heat.shape[1] - x0, heat.shape[1] - left)
+    height = min(round(source.height), heat.shape[0] - y0, heat.shape[0] - top)
+    moved[top : top + height, left : left + width] = heat[y0 : y0 + height, x0 : x0 + width]
+    return moved
 
 
 def _corners(example: Example, region: Region) -> Float[np.ndarray, "n 2"]:

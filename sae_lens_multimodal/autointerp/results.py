@@ -10,11 +10,15 @@ from typing import Any
 from sae_lens_multimodal.autointerp.explanation import Explanation, ModalityName
 from sae_lens_multimodal.autointerp.judges.base import JudgeFailure
 from sae_lens_multimodal.autointerp.metrics import CHANCE, Interval, balanced_accuracy, bootstrap_mean, rates
-from sae_lens_multimodal.autointerp.records import json_lines
+from sae_lens_multimodal.autointerp.records import lines_of_folder
+from sae_lens_multimodal.autointerp.styles import RegionStyle
 from sae_lens_multimodal.types import Box
 
 SCORES, VERDICTS, SUMMARY = "scores", "verdicts", "summary"
 """Names of the files."""
+KIND = "scores"
+"""What the manifest of their folder says."""
+SCHEMA_VERSION = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +48,8 @@ class Verdict:
     text: str | None
     """Which text, with its marks."""
     failure: JudgeFailure | None
+    style: RegionStyle | None = None
+    """How the judge saw that part, its margin in pixels; None for a whole picture or a text."""
 
     def to_json(self) -> dict[str, Any]:
         """Give the verdict as JSON values."""
@@ -52,12 +58,13 @@ class Verdict:
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Verdict:
         """Read what `to_json` gave."""
-        box, failure = value["box"], value["failure"]
+        box, failure, style = value["box"], value["failure"], value.get("style")
         return cls(
             **{
                 **value,
                 "box": None if box is None else Box(*box),
                 "failure": None if failure is None else JudgeFailure.from_json(failure),
+                "style": None if style is None else RegionStyle(**style),
             }
         )
 
@@ -70,6 +77,8 @@ class Score:
     modality: ModalityName
     scorer: str
     explanation: str
+    explanation_digest: str = ""
+    """`Explanation.digest` of it: its words, and what its explainer saw."""
     note: str = ""
     """Why there is no score, where there is none."""
     balanced_accuracy: float | None = None
@@ -123,6 +132,7 @@ def score_of(
     modality: ModalityName,
     scorer: str,
     explanation: str,
+    explanation_digest: str = "",
     control: tuple[int, str] | None,
     verdicts: Sequence[Verdict],
     n_not_asked: int,
@@ -134,6 +144,7 @@ def score_of(
         modality: of the items.
         scorer: name of the scorer.
         explanation: its own explanation.
+        explanation_digest: of that explanation.
         control: whose explanation the control was asked with, and that explanation.
         verdicts: all on this feature by this scorer.
         n_not_asked: items that were not asked about.
@@ -147,6 +158,7 @@ def score_of(
         modality=modality,
         scorer=scorer,
         explanation=explanation,
+        explanation_digest=explanation_digest,
         note=_note(truths, answers, n_not_asked),
         balanced_accuracy=balanced_accuracy(truths, answers),
         balanced_accuracy_strict=balanced_accuracy(truths, answers, failures="wrong"),
@@ -170,6 +182,7 @@ def unscored(explanation: Explanation, scorer: str) -> Score:
         modality=explanation.modality,
         scorer=scorer,
         explanation="",
+        explanation_digest=explanation.digest,
         note="the explainer failed" if explanation.failure else "the explainer found nothing in common",
     )
 
@@ -260,18 +273,20 @@ def _strict(score: Score) -> float | None:
 
 
 def read_scores(folder: Path | str) -> list[Score]:
-    """Read the scores in a folder that `score` made.
+    """Read the scores in a folder that `score` made; none where it has made none yet.
 
     Raises:
-        StoreError: there are none.
+        StoreError: the folder is not one that `score` made, or a line is not a JSON object.
     """
-    return [Score.from_json(record) for _, record in json_lines(Path(folder) / f"{SCORES}.jsonl")]
+    lines = lines_of_folder(folder, SCORES, kind=KIND, schema_version=SCHEMA_VERSION)
+    return [Score.from_json(record) for _, record in lines]
 
 
 def read_verdicts(folder: Path | str) -> list[Verdict]:
-    """Read the verdicts in a folder that `score` made.
+    """Read the verdicts in a folder that `score` made; none where it has made none yet.
 
     Raises:
-        StoreError: there are none.
+        StoreError: the folder is not one that `score` made, or a line is not a JSON object.
     """
-    return [Verdict.from_json(record) for _, record in json_lines(Path(folder) / f"{VERDICTS}.jsonl")]
+    lines = lines_of_folder(folder, VERDICTS, kind=KIND, schema_version=SCHEMA_VERSION)
+    return [Verdict.from_json(record) for _, record in lines]

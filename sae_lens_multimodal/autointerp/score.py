@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -13,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from sae_lens_multimodal.autointerp.costs import ledger_kept
 from sae_lens_multimodal.autointerp.explain import store_name
 from sae_lens_multimodal.autointerp.explanation import MODALITIES, Explanation, ModalityName
 from sae_lens_multimodal.autointerp.judges.base import FailureKind, Judge, JudgeFailure, JudgeRequest, Outcome
@@ -20,6 +19,8 @@ from sae_lens_multimodal.autointerp.metrics import derangement
 from sae_lens_multimodal.autointerp.prompts import GeneralPrompts, PromptBook
 from sae_lens_multimodal.autointerp.records import RecordFolder
 from sae_lens_multimodal.autointerp.results import (
+    KIND,
+    SCHEMA_VERSION,
     SCORES,
     SUMMARY,
     VERDICTS,
@@ -31,14 +32,12 @@ from sae_lens_multimodal.autointerp.results import (
 )
 from sae_lens_multimodal.autointerp.scorers import SCORERS, Item, Sampling, Scorer
 from sae_lens_multimodal.autointerp.selection import held_out
-from sae_lens_multimodal.errors import ConfigError
+from sae_lens_multimodal.errors import ConfigError, StoreError
 from sae_lens_multimodal.files import write_json
 
 if TYPE_CHECKING:
     from sae_lens_multimodal.features.store import FeatureStore
 
-KIND = "scores"
-SCHEMA_VERSION = 1
 EXPLANATIONS_AT_ONCE = 32
 """Requests about so many explanations are made, held in memory and asked together."""
 
@@ -80,6 +79,7 @@ class _Test:
             modality=self.explanation.modality,
             scorer=self.scorer.name,
             explanation=self.explanation.text,
+            explanation_digest=self.explanation.digest,
             control=control,
             verdicts=self.verdicts,
             n_not_asked=self.n_not_asked,
@@ -102,7 +102,13 @@ def score(
     """Test explanations: does a judge who knows only the words find the pictures, regions and words?
 
     Verdicts and scores are added to `verdicts.jsonl` and `scores.jsonl` as they come; running again goes on where it
-    stopped. `summary.json` sums them up at the end.
+    stopped. `summary.json` sums up all scores of the folder at the end; `ledger.json` says what all runs together
+    cost: requests asked and answered from the cache, tokens, seconds, failures.
+
+    A folder can grow: give more explanations, or other scorers, and only what is new is asked. A score that is there
+    is kept as long as its own explanation is the same, with the control that was drawn then, though among more
+    explanations another one might be drawn now. Only what had no explanation, or nothing to control it, is tested anew
+    once there is one.
 
     Args:
         store: the features and their examples.
@@ -123,7 +129,7 @@ def score(
         ConfigError: an unknown scorer, or numbers that cannot work.
         JudgeError: the judge cannot be asked at all; what was answered so far is kept.
         SelectionError: an example to score with was shown to the explainer.
-        StoreError: the folder holds results made with other settings or explanations.
+        StoreError: the folder holds results made with other settings, or of another explanation of the same feature.
     """
     book = GeneralPrompts() if prompts is None else prompts
     sampling = Sampling() if sampling is None else sampling
@@ -135,15 +141,15 @@ def score(
         "control": control,
         "seed": seed,
         "store": store_name(store),
-        "explanations": _digest(explanations),
     }
     folder = RecordFolder(output, kind=KIND, schema_version=SCHEMA_VERSION, settings=settings)
-    known = _known(folder)
     tests = _tests(explanations, [SCORERS[name] for name in scorers], control=control, seed=seed)
+    known = _known(folder, tests)
     missing = [test for test in tests if test.key not in known]
     maker = _Maker(store, book, sampling, seed)
     at_once = EXPLANATIONS_AT_ONCE * len(scorers)
-    with tqdm(total=len(missing), desc="score", unit="test", disable=not progress) as bar:
+    bar = tqdm(total=len(missing), desc="score", unit="test", disable=not progress)
+    with bar, ledger_kept(judge, folder.folder):
         for start in range(0, len(missing), at_once):
             for test in _finished(judge, book, maker, missing[start : start + at_once]):
                 result = test.score()
@@ -151,9 +157,10 @@ def score(
                 folder.append(SCORES, [result.to_json()])
                 known[test.key] = result
                 bar.update()
-    results = [known[test.key] for test in tests]
-    write_json(folder.folder / f"{SUMMARY}.json", [one.to_json() for one in summarise(results, seed=seed)])
-    return results
+    results = {test.key: known[test.key] for test in tests}
+    every = list({**results, **known}.values())
+    write_json(folder.folder / f"{SUMMARY}.json", [one.to_json() for one in summarise(every, seed=seed)])
+    return list(results.values())
 
 
 def _check(scorers: Sequence[str], sampling: Sampling, explanations: Sequence[Explanation]) -> None:
@@ -168,20 +175,32 @@ def _check(scorers: Sequence[str], sampling: Sampling, explanations: Sequence[Ex
         raise ConfigError(f"feature {twice[0]} is explained from {twice[1]} twice; give one explanation.")
 
 
-def _digest(explanations: Sequence[Explanation]) -> str:
-    content = json.dumps([one.to_json() for one in explanations], sort_keys=True)
-    return hashlib.sha256(content.encode()).hexdigest()[:16]
-
-
-def _known(folder: RecordFolder) -> dict[_Key, Score]:
-    """Read the scores there are, and drop verdicts of tests that a killed run left unfinished."""
+def _known(folder: RecordFolder, tests: Sequence[_Test]) -> dict[_Key, Score]:
+    """Read the scores that stay, and drop the others, and verdicts of tests that a killed run left unfinished."""
     scores = [Score.from_json(record) for record in folder.read(SCORES)]
-    known: dict[_Key, Score] = {(one.feature, one.modality, one.scorer): one for one in scores}
+    wanted = {test.key: test for test in tests}
+    found: dict[_Key, Score] = {(one.feature, one.modality, one.scorer): one for one in scores}
+    known = {key: one for key, one in found.items() if key not in wanted or _holds(one, wanted[key], folder)}
+    # scores first: verdicts without a score are dropped the next time, too
+    if len(known) < len(scores):
+        folder.replace(SCORES, [one.to_json() for one in known.values()])
     verdicts = folder.read(VERDICTS)
     kept = [one for one in verdicts if (one["feature"], one["modality"], one["scorer"]) in known]
     if len(kept) < len(verdicts):
         folder.replace(VERDICTS, kept)
     return known
+
+
+def _holds(found: Score, test: _Test, folder: RecordFolder) -> bool:
+    """Tell whether a score that is there is that of the test; not where it can have numbers or a control only now."""
+    if found.explanation_digest != test.explanation.digest:
+        if not found.explanation:
+            return False
+        raise StoreError(
+            f"{folder.folder} holds the score of another explanation of feature {found.feature} from {found.modality}: "
+            f"{found.explanation[:80]!r}, now {test.explanation.text[:80]!r}. Give another folder."
+        )
+    return found.control_feature is not None or test.control is None
 
 
 def _tests(explanations: Sequence[Explanation], scorers: Sequence[Scorer], *, control: bool, seed: int) -> list[_Test]:
@@ -237,6 +256,7 @@ def _verdict(book: PromptBook, question: _Question, outcome: Outcome) -> Verdict
         box=item.box,
         text=item.text,
         failure=failure,
+        style=item.style,
     )
 
 

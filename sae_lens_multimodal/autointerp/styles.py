@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
 from sae_lens_multimodal.errors import ConfigError
 
-View: TypeAlias = Literal["crop", "marked", "both"]
-"""Cut out with a margin; in its picture, outlined and all else dimmed; or one after the other."""
+View: TypeAlias = Literal["crop", "marked", "both", "heat"]
+"""Cut out with a margin; in its picture, outlined and all else dimmed; one after the other; or its picture coloured by
+the feature's activation."""
 
-VIEWS: tuple[View, ...] = ("crop", "marked", "both")
+VIEWS: tuple[View, ...] = ("crop", "marked", "both", "heat")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +36,10 @@ class RegionStyle:
             )
         if not 0 <= self.dimmed_to <= 1:
             raise ConfigError(f"dimmed_to is {self.dimmed_to}; expected a share from 0 to 1.")
+
+    def for_patches(self, patch_pixels: float) -> RegionStyle:
+        """Give the same style with its margin in pixels: half a patch where it said none."""
+        return self if self.margin_pixels is not None else replace(self, margin_pixels=patch_pixels / 2)
 
     @property
     def spelt(self) -> str:

@@ -72,7 +72,7 @@ def explain(options: Namespace) -> None:
     output = options.output or options.store / EXPLANATIONS_FOLDER
     explanations = run(
         store,
-        _judge(options, output),
+        _judge(options),
         output=output,
         features=parse_features(options.features),
         prompts=_prompts(options),
@@ -92,7 +92,7 @@ def score(options: Namespace) -> None:
     output = options.output or options.store / SCORES_FOLDER
     run(
         store,
-        _judge(options, output),
+        _judge(options),
         read_explanations(options.explanations or options.store / EXPLANATIONS_FOLDER),
         output=output,
         prompts=_prompts(options),
@@ -108,11 +108,12 @@ def report(options: Namespace) -> None:
     from sae_lens_multimodal.features.store import FeatureStore
     from sae_lens_multimodal.report.build import build_report
 
-    explanations, scores = options.store / EXPLANATIONS_FOLDER, options.store / SCORES_FOLDER
+    explanations = options.explanations or options.store / EXPLANATIONS_FOLDER
+    scores = options.scores or options.store / SCORES_FOLDER
     index = build_report(
         FeatureStore.open(options.store),
         output=options.output,
-        explanations=read_explanations(explanations) if explanations.is_dir() else None,
+        explanations=read_explanations(explanations) if explanations.exists() else None,
         scores=read_scores(scores) if scores.is_dir() else None,
         verdicts=read_verdicts(scores) if scores.is_dir() else None,
         title=options.title or options.store.name,
@@ -161,14 +162,14 @@ def _model_and_sae(options: Namespace) -> tuple[VisionLanguageModel, Any]:
         raise StoreError(f"{options.sae} cannot be read as a SAE that SAE-Lens saved: {error}") from error
 
 
-def _judge(options: Namespace, folder: Path) -> Judge:
+def _judge(options: Namespace) -> Judge:
     from sae_lens_multimodal.autointerp.judges import CachedJudge, OpenAIJudge, TransformersJudge
 
     if options.base_url is not None:
         judge: Judge = OpenAIJudge(options.judge, base_url=options.base_url, api_key_variable=options.api_key_env)
     else:
         judge = TransformersJudge(options.judge, device=options.device)
-    return CachedJudge(judge, folder / ANSWERS_FILE)
+    return CachedJudge(judge, options.store / ANSWERS_FILE)
 
 
 def _prompts(options: Namespace) -> PromptBook | None:

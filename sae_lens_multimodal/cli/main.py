@@ -10,7 +10,7 @@ from pathlib import Path
 
 from sae_lens_multimodal.errors import MultimodalError
 
-EPILOG = "Every command is a thin face of one public function; README.md and --help of each command say which."
+EPILOG = "Every command is a thin face of one public function; README.md says which. COMMAND --help shows its options."
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -88,6 +88,8 @@ def _add_report(commands: Commands[argparse.ArgumentParser]) -> None:
     report = commands.add_parser("report", help="a browsable report from a feature store")
     report.add_argument("store", type=Path, help="folder of a feature store (made by harvest)")
     report.add_argument("--output", type=Path, required=True, help="folder of the report")
+    report.add_argument("--explanations", type=Path, help="folder or file of explanations (default: the store's own)")
+    report.add_argument("--scores", type=Path, help="folder of scores (default: the store's own)")
     report.add_argument("--title", help="title of the report")
 
 

@@ -6,7 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from sae_lens_multimodal.autointerp.explanation import Explanation
-from sae_lens_multimodal.scenes.truth import Concept, Truth
+from sae_lens_multimodal.scenes.truth import CLEAR_PRECISION, Concept, Truth
+from sae_lens_multimodal.types import Modality
+
+MODALITIES = {"image": Modality.IMAGE, "text": Modality.TEXT}
 
 
 def names(text: str, concept: Concept) -> bool:
@@ -22,16 +25,24 @@ def names(text: str, concept: Concept) -> bool:
 def naming_shares(truth: Truth, explanations: Sequence[Explanation]) -> dict[str, Any]:
     """Return how many explanations of clear features name the right attribute, beside shuffled explanations.
 
-    The shuffled control is the expectation over all ways to give a clear feature another clear feature's explanation.
+    An explanation made from regions of pictures is held against what the feature fits best on image tokens, one made
+    from text against what it fits best on text tokens; a feature is clear where that fit is. The shuffled control is
+    the expectation over all ways to give a clear feature another clear feature's explanation of the same modality.
 
     Args:
         truth: what the features respond to.
-        explanations: one for each explained feature; failed ones count as wrong.
+        explanations: one for each explained feature; failed ones and "nothing in common" count as wrong.
 
     Returns:
-        Numbers of explained and of clear features, `right` and `shuffled` as shares of the clear ones (None: none).
+        For "image" and "text" the numbers of features asked about, explained, without a common meaning, failed and
+        clear, and `right` and `shuffled` as shares of the clear ones (None where there are none).
     """
-    known = {fit.feature: fit.concept for fit in truth.features if fit.is_clear}
+    return {name: _shares(truth, [one for one in explanations if one.modality == name], name) for name in MODALITIES}
+
+
+def _shares(truth: Truth, explanations: Sequence[Explanation], modality: str) -> dict[str, Any]:
+    fits = {fit.feature: fit.by_modality[MODALITIES[modality]] for fit in truth.features}
+    known = {feature: concept for feature, (concept, precision) in fits.items() if precision >= CLEAR_PRECISION}
     pairs = [(known[one.feature], one.text) for one in explanations if one.feature in known]
     right = [names(text, concept) for concept, text in pairs]
     shuffled = [
@@ -40,7 +51,16 @@ def naming_shares(truth: Truth, explanations: Sequence[Explanation]) -> dict[str
         for other, (_, text) in enumerate(pairs)
         if other != index
     ]
-    return {"explained": len(explanations), "clear": len(pairs), "right": _share(right), "shuffled": _share(shuffled)}
+    statuses = [one.status for one in explanations]
+    return {
+        "asked": len(explanations),
+        "explained": statuses.count("explained"),
+        "nothing_in_common": statuses.count("nothing in common"),
+        "failed": statuses.count("failed"),
+        "clear": len(pairs),
+        "right": _share(right),
+        "shuffled": _share(shuffled),
+    }
 
 
 def _share(flags: Sequence[bool]) -> float | None:

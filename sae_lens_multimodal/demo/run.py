@@ -120,7 +120,7 @@ def train_sae(model: VisionLanguageModel, settings: DemoSettings, output: Path) 
     """Train as a user would: a SAE-Lens config, its runner, and SAE-Lens's own loader."""
     config: MultimodalSAERunnerConfig[TopKTrainingSAEConfig] = MultimodalSAERunnerConfig(
         sae=TopKTrainingSAEConfig(d_in=model.d_model, d_sae=settings.d_sae, k=settings.k),
-        model_name="tiny LLaVA-NeXT of sae_lens_multimodal.scenes",
+        model_name=str(model.name),
         hook_name=settings.hook_name,
         dataset_path="sae_lens_multimodal.scenes",
         token_shares={"image": settings.image_share, "text": 1 - settings.image_share},

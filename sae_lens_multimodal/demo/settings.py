@@ -11,23 +11,23 @@ class DemoSettings:
 
     seed: int = 0
     """Seed of everything random; also chooses the scenes."""
-    hook_name: str = "blocks.2.hook_resid_post"
+    hook_name: str = "blocks.0.hook_resid_post"
     """Where the SAE reads."""
-    d_sae: int = 512
+    d_sae: int = 256
     """Width of the SAE."""
     k: int = 8
     """Features that fire on a token."""
-    training_tokens: int = 1_000_000
+    training_tokens: int = 400_000
     """Tokens that the SAE is trained on."""
     image_share: float = 0.6
     """Share of image tokens in every training batch; the rest are text."""
-    harvest_prompts: int = 1200
+    harvest_prompts: int = 900
     """Prompts in which the features' examples are sought."""
-    truth_prompts: int = 400
+    truth_prompts: int = 300
     """Prompts on which features are compared with the scenes' masks and words."""
     evaluation_prompts: int = 200
     """Prompts on which the reconstruction is measured."""
-    explained_features: int = 80
+    explained_features: int = 64
     """Features that are explained and scored, drawn at random among those with enough examples."""
     examples_needed: int = 12
     """Prompts in which a feature must fire to be explained."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import logging
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,13 +16,13 @@ from torch import Tensor
 from sae_lens_multimodal.adapters.model import VisionLanguageModel
 from sae_lens_multimodal.errors import FeatureError, SAEMismatchError
 
-logger = logging.getLogger(__name__)
-
 CHUNK_TOKENS = 4096
 """Tokens that are encoded at once: at 131 072 features in float32 these are 2 GiB."""
 
 _RESHAPING = ("reshape_fn_in", "reshape_fn_out", "d_head", "hook_z_reshaping_mode")
 _NOT_TOKEN_WISE = ("temporal",)
+_HUB_CACHE = re.compile(r"models--(?:.+--)?([^/]+)/snapshots/[^/]+/?$")
+"""A folder of the hub's cache, which is named after a revision."""
 _TRANSCODERS = ("transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder")
 
 
@@ -37,8 +38,8 @@ def check_sae(model: VisionLanguageModel, sae: SAE[Any], hook_name: str | None =
         The hook's canonical name.
 
     Raises:
-        SAEMismatchError: the SAE names no hook, has another width than the hook, or is a transcoder or an architecture
-            that looks at more than one token.
+        SAEMismatchError: the SAE names no hook, has another width than the hook, was trained on another model, or is a
+            transcoder or an architecture that looks at more than one token.
         UnknownHookError: the model has no such hook.
     """
     name = hook_name or sae.cfg.metadata.hook_name
@@ -63,9 +64,29 @@ def check_sae(model: VisionLanguageModel, sae: SAE[Any], hook_name: str | None =
             "use the SAE trained on this model and hook, or pass the right hook_name."
         )
     trained_on = sae.cfg.metadata.model_name
-    if trained_on and trained_on != model.name:
-        logger.info("the SAE was trained on %s and is used on %s", trained_on, model.name)
+    if trained_on and not same_model(trained_on, model.name):
+        raise SAEMismatchError(
+            f"The SAE was trained on {trained_on}, but the model is {model.name}; load the model it was trained on, or "
+            "set sae.cfg.metadata.model_name = model.name if the SAE is meant for this one."
+        )
     return str(hook.name)
+
+
+def same_model(one: str, other: str) -> bool:
+    """Whether two hub names or folders name one model, as far as names can tell: by their last part.
+
+    >>> same_model("llava-hf/Llava-1.5-7b", "/models/llava-1.5-7b/")
+    True
+    """
+    return _short_name(one) == _short_name(other)
+
+
+def _short_name(name: str) -> str:
+    path = name.replace("\\", "/")
+    cached = _HUB_CACHE.search(path)
+    # A relative folder such as "." says its name only once it is resolved.
+    last = cached.group(1) if cached else Path(path).name or Path(path).resolve().name
+    return last.lower()
 
 
 def _describe(sae: SAE[Any]) -> str:
@@ -87,21 +108,27 @@ def check_features(sae: SAE[Any], features: Sequence[int]) -> list[int]:
     return [int(feature) for feature in features]
 
 
-def inference_sae(sae: SAE[Any]) -> SAE[Any]:
+@torch.no_grad()
+def inference_sae(sae: SAE[Any], *, copy: bool = False) -> SAE[Any]:
     """Return the SAE that SAE-Lens would save: an SAE in training may look at the whole batch, a saved one does not.
 
-    Weights are shared as far as SAE-Lens does not fold them. An SAE that is not in training is returned as it is.
+    An SAE that is not in training is returned as it is.
+
+    Args:
+        sae: The SAE.
+        copy: Copy the weights of an SAE in training, so that further training leaves the result alone; otherwise they
+            are shared as far as SAE-Lens does not fold them.
     """
     if not isinstance(sae, TrainingSAE):
         return sae
-    state = sae.state_dict()
+    state = {name: tensor.clone() if copy else tensor for name, tensor in sae.state_dict().items()}
     sae.process_state_dict_for_saving_inference(state)
     # Built on the meta device, as SAE-Lens does when loading, so that no second set of weights is initialised.
     config = SAEConfig.from_dict({**sae.cfg.get_inference_sae_cfg_dict(), "device": "meta"})
     plain: SAE[Any] = SAE.get_sae_class_for_architecture(config.architecture())(config)
     plain.process_state_dict_for_loading(state)
     plain.load_state_dict(state, assign=True)
-    return plain.to(device=sae.W_dec.device)
+    return plain.to(device=sae.W_dec.device).eval()
 
 
 def encode_chunks(

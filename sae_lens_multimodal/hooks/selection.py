@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias, assert_never, cast, get_args
 
 import torch
@@ -44,10 +44,14 @@ class ForwardPass:
     """(width, height) of all pictures of the run, prompt by prompt."""
     n_prompts: int = 0
     """Prompts of the run; the pass has several rows for each where beams or samples share one. 0: as many as rows."""
+    prompt_tokens: int = 0
+    """Positions of the prompt, padding included. 0: not known, so that a pass is the prompt or one after it."""
 
     @classmethod
-    def current(cls, model: VisionLanguageModel, step: int) -> ForwardPass:
+    def current(cls, model: VisionLanguageModel, step: int, prompt_tokens: int = 0) -> ForwardPass:
         """Wait, within a trace or an edit, for the model's next forward pass.
+
+        Only the first pass of a run finds the length of the prompt by itself; those after it are told.
 
         `generate` runs the vision tower by itself and does not tell the model how large the pictures are, so that is
         taken from what the run was given.
@@ -60,7 +64,30 @@ class ForwardPass:
             for height, width in torch.as_tensor(one["image_sizes"]).tolist()
         ]
         _, inputs = model.inputs
-        return cls(inputs=inputs, step=step, picture_sizes=sizes, n_prompts=model.interleaver.batcher.total)
+        forward = cls(inputs, step, sizes, n_prompts=model.interleaver.batcher.total)
+        return replace(forward, prompt_tokens=_shape(forward)[1] if step == 0 else prompt_tokens)
+
+    def parts(self) -> list[ForwardPass]:
+        """The passes that this one stands for: itself, or those of cached decoding.
+
+        Without a cache every pass reads the prompt and all tokens generated so far again.
+        """
+        length = _shape(self)[1]
+        if not self.step or not self.prompt_tokens or length < self.prompt_tokens + self.step:
+            return [self]
+        later = range(self.prompt_tokens, length)
+        return [
+            self._columns(slice(0, self.prompt_tokens), step=0),
+            *(self._columns(slice(at, at + 1), step=number) for number, at in enumerate(later, start=1)),
+        ]
+
+    def _columns(self, columns: slice, step: int) -> ForwardPass:
+        cut = {name: self.inputs[name][:, columns] for name in _TOKENS if self.inputs.get(name) is not None}
+        return replace(self, inputs={**cut, "attention_mask": _attention(self)[:, columns]}, step=step)
+
+
+_TOKENS = ("input_ids", "inputs_embeds")
+"""The model's inputs of which there is one for each token."""
 
 
 def _mapping(args: Sequence[Any]) -> Mapping[str, Any]:
@@ -103,9 +130,22 @@ class TokenSelection:
     def mask(self, forward: ForwardPass) -> Bool[Tensor, "batch seq"] | None:
         """Return the chosen positions of one forward pass; None where it has none.
 
+        A pass that reads the prompt again, as all do without a cache, has those that cached decoding would have.
+
         Raises:
             SelectionError: the choice does not fit this pass.
         """
+        parts = forward.parts()
+        masks = [self._mask(part) for part in parts]
+        if all(mask is None for mask in masks):
+            return None
+        whole = [
+            torch.zeros(_shape(part), dtype=torch.bool) if mask is None else mask.cpu()
+            for part, mask in zip(parts, masks, strict=True)
+        ]
+        return torch.cat(whole, dim=1) if len(whole) > 1 else masks[0]
+
+    def _mask(self, forward: ForwardPass) -> Bool[Tensor, "batch seq"] | None:
         prefill = forward.step == 0
         if (self.steps == "prefill" and not prefill) or (self.steps == "decoding" and prefill):
             return None
@@ -230,7 +270,7 @@ def _repeated(mask: Tensor, rows: int) -> Tensor:
 
 
 def _shape(forward: ForwardPass) -> tuple[int, int]:
-    for name in ("input_ids", "inputs_embeds"):
+    for name in _TOKENS:
         tokens = forward.inputs.get(name)
         if tokens is not None:
             return int(tokens.shape[0]), int(tokens.shape[1])

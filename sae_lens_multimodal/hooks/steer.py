@@ -123,21 +123,26 @@ class Steering:
             # A scan asks for shapes alone, which steering does not change.
             return
         try:
+            prompt_tokens = 0
             for step in tracer.all():
-                self._step(model, step)
+                prompt_tokens = self._step(model, step, prompt_tokens)
         except OutOfOrderError:
             # The loop asks for one pass more than there is, or the run was stopped before the hook: nothing is left
             # to steer. nnsight would warn of it at the end of every run.
             return
 
-    def _step(self, model: VisionLanguageModel, step: int) -> None:
+    def _step(self, model: VisionLanguageModel, step: int, prompt_tokens: int) -> int:
+        """Steer one forward pass; return the length of the prompt, which is that of the first pass."""
         mask = None
         if not self.whole:
-            mask = self.selection.mask(ForwardPass.current(model, step))
+            forward = ForwardPass.current(model, step, prompt_tokens)
+            prompt_tokens = forward.prompt_tokens
+            mask = self.selection.mask(forward)
             if mask is None or not bool(mask.any()):
-                return
+                return prompt_tokens
         value = model.hooks[self.hook_name]
         model.hooks[self.hook_name] = self._steered(value, mask)
+        return prompt_tokens
 
     def _steered(self, value: Tensor, mask: Tensor | None) -> Tensor:
         """Steer the chosen positions of a hook's value; heads count as one dimension."""

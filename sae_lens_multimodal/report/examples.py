@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from sae_lens_multimodal.autointerp.drawing import crop
-from sae_lens_multimodal.autointerp.regions import Region, find_regions
+from sae_lens_multimodal.autointerp.regions import Region, find_regions, heat_of
 from sae_lens_multimodal.autointerp.styles import RegionStyle
 from sae_lens_multimodal.features.schema import KINDS
 from sae_lens_multimodal.report.formats import number
@@ -18,8 +18,6 @@ from sae_lens_multimodal.report.view import ExampleGroupView, ExampleView, HeatV
 from sae_lens_multimodal.types import Modality
 
 if TYPE_CHECKING:
-    from jaxtyping import Float32
-
     from sae_lens_multimodal.features.store import Example, FeatureStore
     from sae_lens_multimodal.report.assets import Assets
 
@@ -72,12 +70,6 @@ def example_view(example: Example, assets: Assets, scales: Scales) -> ExampleVie
     )
 
 
-def _heat(example: Example, image: int) -> Float32[np.ndarray, "h w"]:
-    """Activation over a picture, of its tiles or of the view of the whole, whichever is stronger at each place."""
-    strongest: Float32[np.ndarray, "h w"] = np.maximum(example.heatmap(image, "base"), example.heatmap(image, "tiles"))
-    return strongest
-
-
 def _tokens(example: Example, scales: Scales) -> tuple[TokenView, ...]:
     modality = np.asarray(example.layout.modality[0])
     return token_views(
@@ -113,7 +105,7 @@ def _heat_view(
     cut = None if region is None else crop(picture, region, CROP_STYLE)
     return HeatView(
         picture=shown,
-        heat=assets.heat(_heat(example, image) / scale),
+        heat=assets.heat(heat_of(example, image) / scale),
         crop=None if cut is None else assets.picture(cut, alt=f"Close view of the most active region of {where}"),
         peak=peak,
     )

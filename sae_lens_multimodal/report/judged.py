@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from sae_lens_multimodal.autointerp.drawing import mark
+from sae_lens_multimodal.autointerp.drawing import mark, show
 from sae_lens_multimodal.autointerp.styles import RegionStyle
 from sae_lens_multimodal.features.schema import MODALITIES, ModalityName
 from sae_lens_multimodal.report.view import ExplanationView, PictureView, ScoreView, VerdictGroupView, VerdictView
@@ -117,11 +117,15 @@ def _outcome(verdict: Verdict) -> Literal["right", "wrong", "unanswered"]:
 
 
 def _picture(verdict: Verdict, store: FeatureStore, assets: Assets) -> PictureView | None:
-    """Show what was asked about: the picture, with the region outlined where the question was about one."""
+    """Show what was asked about: the picture, or the region as the judge saw it; outlined where that is not known."""
     if verdict.image is None:
         return None
     picture = store.prompt(verdict.prompt_id).images[verdict.image]
     if verdict.box is None:
         return assets.picture(picture, alt=f"Picture of prompt {verdict.prompt_id}")
-    drawn = mark(picture, _Outlined(box=verdict.box), _MARKED)
-    return assets.picture(drawn, alt=f"Picture of prompt {verdict.prompt_id}, a region outlined")
+    region, style = _Outlined(box=verdict.box), verdict.style
+    if style is not None and style.view != "heat":
+        seen = show(picture, region, style)[0]
+        return assets.picture(seen, alt=f"A region of the picture of prompt {verdict.prompt_id}, as the judge saw it")
+    alt = f"Picture of prompt {verdict.prompt_id}; the judge was asked about the outlined region"
+    return assets.picture(mark(picture, region, _MARKED), alt=alt)

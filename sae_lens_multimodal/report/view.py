@@ -167,7 +167,7 @@ class VerdictView:
     """One question to the judge, and what became of it."""
 
     picture: PictureView | None
-    """What was asked about; a region is outlined."""
+    """What was asked about: a region as the judge saw it, or outlined in its picture."""
     shown: str
     """The text that was asked about, with its marks."""
     expected: str
@@ -193,7 +193,7 @@ class VerdictGroupView:
 
     @property
     def right(self) -> int:
-        """Number of right answers."""
+        """Number of right answers; in a control, of those that agree with the feature."""
         return sum(verdict.outcome == "right" for verdict in self.verdicts)
 
 

@@ -37,7 +37,7 @@ def ask_attribute(objects: Sequence[Attributes], rng: np.random.Generator) -> q.
 
 def ask_leading(objects: Sequence[Attributes], rng: np.random.Generator) -> q.Question:
     """Ask in a leading way for a colour and shape, often of an object that is not there."""
-    target = objects[rng.integers(len(objects))]
+    target = objects[int(rng.integers(len(objects)))]
     wanted = {"colour": target["colour"], "shape": target["shape"]}
     draw = rng.random()
     if draw < 0.45:

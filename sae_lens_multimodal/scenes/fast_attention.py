@@ -54,7 +54,7 @@ def fast_attention(model: LlavaNextForConditionalGeneration) -> Iterator[None]:
     from transformers import AttentionInterface
 
     AttentionInterface.register(NAME, attend)
-    configs = (model.config.text_config, model.config.vision_config)
+    configs: tuple[Any, ...] = (model.config.text_config, model.config.vision_config)
     before = [one._attn_implementation for one in configs]
     for one in configs:
         one._attn_implementation = NAME

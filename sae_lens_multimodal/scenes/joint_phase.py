@@ -13,7 +13,14 @@ from sae_lens_multimodal.scenes.plans import SPARSE_KEEP
 from sae_lens_multimodal.scenes.prompts import Prompt, Prompter
 from sae_lens_multimodal.scenes.text_phase import BATCH_WEIGHTS, draw_batches
 from sae_lens_multimodal.scenes.training_state import MuonAdam, Phase, rank
-from sae_lens_multimodal.scenes.vision_phase import dense_loss, patch_classes, patch_features, picture_tokens, pixels
+from sae_lens_multimodal.scenes.vision_phase import (
+    dense_loss,
+    patch_classes,
+    patch_features,
+    picture_tokens,
+    pixels,
+    word_rows,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -61,7 +68,7 @@ def _joint_step(model: LlavaNextForConditionalGeneration, pool: Pool, phase: Pha
     alike = np.random.default_rng((phase.step, 6))
     sparse = alike.random() < plan.sparse * (1 - phase.step / plan.n_steps)
     keep = SPARSE_KEEP if sparse else plan.keep
-    total, numbers = torch.zeros(()), {}
+    total, numbers = torch.zeros(()), dict[str, float]()
     for batch, prompts in draw_batches(Prompter(pool, rng), plan.sizes).items():
         tokens, dense = see(model, pool, prompts, rng, keep=keep, frozen=not plan.vision_rate)
         loss, right = answer_loss(model, pack(prompts, [len(t) for t in tokens]), tokens)
@@ -97,7 +104,7 @@ def see(
         features = patch_features(model, pixels(pool, tiles))
     dense = torch.zeros(())
     if not frozen:
-        dense, _ = dense_loss(features, model.get_input_embeddings().weight, torch.from_numpy(classes))
+        dense, _ = dense_loss(features, word_rows(model), torch.from_numpy(classes))
     n_tokens = int((pool.layout_start[pictures + 1] - pool.layout_start[pictures]).sum())
     stays = rng.random(n_tokens) < keep if keep < 1 else None
     return picture_tokens(features, model.model.image_newline, pool, pictures, stays), dense

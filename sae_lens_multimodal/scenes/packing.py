@@ -12,7 +12,7 @@ from sae_lens_multimodal.scenes.prompts import IMAGE_ID, PAD_ID, Prompt, ids_of
 from sae_lens_multimodal.scenes.words import GLYPHS
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from torch import Tensor
     from transformers import LlavaNextForConditionalGeneration
@@ -88,7 +88,7 @@ def pack(prompts: Sequence[Prompt], picture_lengths: Sequence[int]) -> Packed:
     )
 
 
-def _pack_one(prompt: Prompt, lengths) -> _Row:  # noqa: ANN001 - an iterator over ints, shared by all rows
+def _pack_one(prompt: Prompt, lengths: Iterator[int]) -> _Row:
     """Lay out one prompt."""
     row, places = _Row(), []
     for word in prompt.start:

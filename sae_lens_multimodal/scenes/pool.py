@@ -6,7 +6,7 @@ import functools
 import os
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from sae_lens_multimodal.scenes.words import ATTRIBUTES, HELD_OUT
 from sae_lens_multimodal.scenes.world import MAX_OBJECTS, make_scene
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -91,14 +92,14 @@ def build_pool(folder: Path, n_scenes: int, *, workers: int = 2, first_seed: int
             parts = list(executor.map(_render_seeds, jobs))
         columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         temporary = path.with_name(f"{path.stem}.{os.getpid()}.npz")
-        np.savez(temporary, **columns)
+        np.savez(temporary, allow_pickle=False, **columns)
         temporary.replace(path)
     with np.load(path) as found:
         stored = {name: found[name] for name in found.files}
     return _assemble(stored)
 
 
-def _assemble(stored: dict[str, NDArray]) -> Pool:
+def _assemble(stored: dict[str, NDArray[Any]]) -> Pool:
     """Turn counts into starts."""
     starts = {
         "tile_start": np.concatenate([[0], np.cumsum(stored.pop("n_tiles"))]),
@@ -107,7 +108,7 @@ def _assemble(stored: dict[str, NDArray]) -> Pool:
     return Pool(**stored, **starts)
 
 
-def _render_seeds(seeds: range) -> dict[str, NDArray]:
+def _render_seeds(seeds: range) -> dict[str, NDArray[Any]]:
     """Render the scenes of some seeds and their crops."""
     rows = [row for seed in seeds for row in _render_one(seed)]
     stacked = {name: np.concatenate([row[name] for row in rows]) for name in ("tiles", "owner", "layout")}
@@ -119,7 +120,7 @@ def _render_seeds(seeds: range) -> dict[str, NDArray]:
     return {**stacked, **single, **counts}
 
 
-def _render_one(seed: int) -> list[dict[str, NDArray]]:
+def _render_one(seed: int) -> list[dict[str, NDArray[Any]]]:
     """Render one scene and its crops."""
     rng = np.random.default_rng((seed, 2))
     scene = make_scene(seed, exclude=HELD_OUT)
@@ -128,12 +129,14 @@ def _render_one(seed: int) -> list[dict[str, NDArray]]:
     for k, one in enumerate(scene.objects):
         objects[k] = encode(one.attributes)
     nothing = np.full(len(KIND_ORDER), -1, dtype=np.int8)
-    rows = [{**tokenise(scene.image, owner), "objects": objects, "shown": np.int8(-1), "seen": nothing}]
+    rows: list[dict[str, NDArray[Any]]] = [
+        {**tokenise(scene.image, owner), "objects": objects, "shown": np.array(-1, dtype=np.int8), "seen": nothing}
+    ]
     for _ in range(CROPS_A_SCENE):
         index = int(rng.integers(len(scene.objects)))
         crop = make_crop(scene, index, rng, part=bool(rng.random() < PART_SHARE))
         x0, y0, x1, y1 = crop.box
-        shown = {"shown": np.int8(index), "seen": np.array(encode(crop.attributes), dtype=np.int8)}
+        shown = {"shown": np.array(index, dtype=np.int8), "seen": np.array(encode(crop.attributes), dtype=np.int8)}
         rows.append({**tokenise(crop.image, owner[y0:y1, x0:x1]), "objects": objects, **shown})
     return rows
 
@@ -147,12 +150,12 @@ def owner_map(scene: Scene) -> NDArray[np.int8]:
 
 
 @functools.cache
-def _image_processor():  # noqa: ANN202 - the type lives in transformers
+def _image_processor() -> Any:  # noqa: ANN401 - a transformers class
     """Build the image processor once a process."""
     return build_processor().image_processor
 
 
-def tokenise(image: Image.Image, owner: NDArray[np.int8]) -> dict[str, NDArray]:
+def tokenise(image: Image.Image, owner: NDArray[np.int8]) -> dict[str, NDArray[Any]]:
     """Cut a picture into tiles as the processor does, and label every patch.
 
     Args:
@@ -181,7 +184,9 @@ def _owner_tiles(owner: NDArray[np.int8]) -> list[NDArray[np.int8]]:
     return [_nearest(owner, TILE, TILE), *[canvas[y : y + TILE, x : x + TILE] for y in rows for x in columns]]
 
 
-def _output_size(rule, shape: tuple[int, int], target: tuple[int, int]) -> tuple[int, int]:  # noqa: ANN001
+def _output_size(
+    rule: Callable[..., tuple[int, int]], shape: tuple[int, int], target: tuple[int, int]
+) -> tuple[int, int]:
     """Ask transformers how large a picture becomes inside a grid."""
     from transformers.image_utils import ChannelDimension
 
@@ -223,7 +228,7 @@ def token_layout(height: int, width: int) -> NDArray[np.int16]:
 
 
 @functools.cache
-def _reference_model():  # noqa: ANN202 - the type lives in transformers
+def _reference_model() -> Any:  # noqa: ANN401 - a transformers class
     """Build a model whose packing rule is asked for; its weights do not matter."""
     from sae_lens_multimodal.scenes.tiny_config import build_model
 

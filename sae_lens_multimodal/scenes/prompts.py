@@ -35,7 +35,7 @@ def ids_of(text: str) -> list[int]:
 class Prompt:
     """A beginning and the questions that follow it, each on its own."""
 
-    start: list[int | None] = field(default_factory=lambda: ids_of("<bos> <user>"))
+    start: list[int | None] = field(default_factory=lambda: [*ids_of("<bos> <user>")])
     """Word ids; None stands for the next picture."""
     start_answers: list[tuple[int, int]] = field(default_factory=list)
     """Spans of `start`, counted with each picture as one, that the model is to predict."""
@@ -83,7 +83,7 @@ class Prompter:
         prompt.questions += [asking.ask_presence(objects, rng) for _ in range(2)]
         prompt.questions += [self._single(objects) for _ in range(2)]
         prompt.questions += [asking.ask_attribute(objects, rng) for _ in range(3)]
-        prompt.questions += self._by_colour(objects)
+        prompt.questions += self._by_colour(objects) + _colour_by_shape(objects)
         if rng.random() < 0.5:
             prompt.questions.append(asking.ask_leading(objects, rng))
         return prompt
@@ -163,7 +163,7 @@ class Prompter:
         prompt.tell(asking.text_context(objects))
         prompt.questions = [_list(objects), *(asking.ask_scene(objects, rng) for _ in range(4))]
         prompt.questions += [q.short_list_question(objects, kind) for kind in KIND_ORDER]
-        prompt.questions += self._by_colour(objects)
+        prompt.questions += self._by_colour(objects) + _colour_by_shape(objects)
         return prompt
 
     def captioned(self) -> Prompt:
@@ -200,6 +200,13 @@ class Prompter:
 def _name(attributes: dict[str, str]) -> str:
     """Spell colour, texture and shape."""
     return phrase_of({kind: value for kind, value in attributes.items() if kind != "glyph"})
+
+
+def _colour_by_shape(objects: Sequence[dict[str, str]]) -> list[q.Question]:
+    """Ask for the colour of up to two objects whose shape no other has."""
+    shapes = [one["shape"] for one in objects]
+    alone = [one for one in objects if shapes.count(one["shape"]) == 1][:2]
+    return [q.attribute_question(objects, {"shape": one["shape"]}, "colour") for one in alone]
 
 
 def _list(objects: Sequence[dict[str, str]]) -> q.Question:

@@ -213,7 +213,7 @@ def draw_wanted(
     Returns:
         Kind to value, never empty.
     """
-    target = objects[rng.integers(len(objects))]
+    target = objects[int(rng.integers(len(objects)))]
     chosen = _draw_kinds([k for k in kinds if k in target], rng, most)
     wanted = {kind: target[kind] for kind in chosen}
     if rng.random() < 0.7:

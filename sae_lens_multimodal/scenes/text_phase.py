@@ -12,7 +12,7 @@ from sae_lens_multimodal.scenes.packing import answer_loss, pack
 from sae_lens_multimodal.scenes.pool import KIND_ORDER, NEWLINE, Pool
 from sae_lens_multimodal.scenes.prompts import Prompt, Prompter
 from sae_lens_multimodal.scenes.training_state import Phase, rank
-from sae_lens_multimodal.scenes.vision_phase import BACKGROUND_ID, WORD_IDS, patch_classes, targets
+from sae_lens_multimodal.scenes.vision_phase import BACKGROUND_ID, WORD_IDS, patch_classes, targets, word_rows
 from sae_lens_multimodal.scenes.words import ATTRIBUTES
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def made_up_tokens(
     Returns:
         [tokens, width].
     """
-    embedding = model.get_input_embeddings().weight.detach()
+    embedding = word_rows(model)
     _, classes = patch_classes(pool, np.array([picture]))
     owner = pool.owner[pool.tile_start[picture] : pool.tile_start[picture + 1]]
     features = _blurred(targets(embedding, torch.from_numpy(classes)), classes, owner, embedding, rng)
@@ -142,7 +142,7 @@ def _text_step(
     keep: float,
 ) -> None:
     """Take one step on made-up patches."""
-    total, numbers = torch.zeros(()), {}
+    total, numbers = torch.zeros(()), dict[str, float]()
     for name, prompts in draw_batches(prompter, draw_sizes).items():
         tokens = [made_up_tokens(pool, p, model, prompter.rng, keep) for one in prompts for p in one.pictures]
         loss, right = answer_loss(model, pack(prompts, [len(t) for t in tokens]), tokens)

@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING
 from sae_lens_multimodal.scenes.words import COLOURS, GLYPHS, SHAPES, TEXTURES
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    import torch
     from transformers import LlavaNextForConditionalGeneration, LlavaNextProcessor, PreTrainedTokenizerFast
 
 TILE = 48
@@ -136,14 +139,12 @@ def build_model(seed: int = 0) -> LlavaNextForConditionalGeneration:
         vision_feature_layer=-1,
         vision_feature_select_strategy="default",
         tie_word_embeddings=True,
-        bos_token_id=ids["<bos>"],
-        eos_token_id=ids["<eos>"],
-        pad_token_id=ids["<pad>"],
+        **{f"{name}_token_id": ids[f"<{name}>"] for name in ("bos", "eos", "pad")},  # type: ignore[arg-type]
     )
     torch.manual_seed(seed)
     model = LlavaNextForConditionalGeneration(config)
     with torch.no_grad():
-        torch.nn.init.orthogonal_(model.get_input_embeddings().weight)
+        torch.nn.init.orthogonal_(model.get_input_embeddings().weight)  # type: ignore[arg-type]
         torch.nn.init.normal_(model.model.image_newline, std=TEXT_WIDTH**-0.5)
     generation = model.generation_config
     generation.bos_token_id, generation.eos_token_id = ids["<bos>"], ids["<eos>"]
@@ -163,7 +164,7 @@ def save_folder(model: LlavaNextForConditionalGeneration, folder: str) -> None:
     _halve(Path(folder) / "model.safetensors", torch.float16)
 
 
-def _halve(path, dtype) -> None:  # noqa: ANN001 - torch must not be imported for annotations here
+def _halve(path: Path, dtype: torch.dtype) -> None:
     """Rewrite a safetensors file in another floating type."""
     from safetensors.torch import load_file, save_file
 

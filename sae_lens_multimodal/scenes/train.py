@@ -43,6 +43,15 @@ PLANS: tuple[Plan, ...] = (
         keep=1.0,
         sparse=0.6,
     ),
+    Plan(
+        name="more",
+        n_steps=360,
+        sizes={"scene": 12, "crop": 1, "group": 3, "long": 0.1, "text": 3, "mixed": 0.2},
+        rate=8e-4,
+        vision_rate=0.0,
+        keep=1.0,
+        sparse=0.7,
+    ),
 )
 """The phases on real pictures, in order; each decays to a learning rate of nothing."""
 

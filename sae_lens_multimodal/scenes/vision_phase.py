@@ -65,6 +65,12 @@ def pixels(pool: Pool, tiles: NDArray[np.int64]) -> Tensor:
     return raw.permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
 
 
+def word_rows(model: LlavaNextForConditionalGeneration) -> Tensor:
+    """Return the word embedding [words, width], cut off from gradients."""
+    weight: Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]
+    return weight.detach()
+
+
 def patch_features(model: LlavaNextForConditionalGeneration, values: Tensor) -> Tensor:
     """Run vision tower and projector: [t, 3, 48, 48] to [t, 36, width]."""
     hidden = model.model.vision_tower(values, output_hidden_states=True).hidden_states[-1][:, 1:]
@@ -193,7 +199,7 @@ def train_vision(
     parts = torch.nn.ModuleList([model.model.vision_tower, model.model.multi_modal_projector])
     optimizer = torch.optim.AdamW(parts.parameters(), lr=1.5e-3, weight_decay=0.02, betas=(0.9, 0.98))
     phase = Phase(name=name, folder=folder, module=parts, optimizer=optimizer, n_steps=n_steps)
-    embedding = model.get_input_embeddings().weight.detach()
+    embedding = word_rows(model)
     with fast_attention(model):
         while not phase.done:
             rng = np.random.default_rng((phase.step, 3, rank(), *name.encode()))

@@ -102,7 +102,10 @@ def make_scene(
 
 def _draw_size(rng: np.random.Generator) -> tuple[int, int]:
     """Draw width and height so that every anyres grid comes up."""
-    aspect = _ASPECTS[rng.integers(len(_ASPECTS))] * rng.uniform(0.97, 1.03)
+    aspect = _ASPECTS[rng.integers(len(_ASPECTS))]
+    jitter = rng.uniform(0.97, 1.03)
+    # the grids of two tiles are the best ones only for exactly twice as long as wide
+    aspect *= 1.0 if aspect == 2.0 else jitter
     short = int(rng.integers(_MIN_SHORT_SIDE, max(_MIN_SHORT_SIDE + 1, int(_MAX_SIDE / aspect)) + 1))
     short = min(short, int(_MAX_SIDE / aspect))
     long = round(short * aspect)

@@ -46,15 +46,6 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return content
 
 
-def dump_config(config: MultimodalSAERunnerConfig[Any]) -> str:
-    """Write a configuration as YAML that `load_config` reads back."""
-    content = config.to_dict()
-    content["sae"] = {name: value for name, value in content["sae"].items() if name != "metadata"}
-    if config.checkpoint_path is not None:
-        content["checkpoint_path"] = _without_run_id(config.checkpoint_path, config.logger.wandb_id)
-    return yaml.safe_dump(content, sort_keys=False)
-
-
 def apply_overrides(content: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """Change fields of a nested mapping by their dotted names.
 
@@ -100,9 +91,3 @@ def split_overrides(overrides: Sequence[str]) -> list[tuple[str, str]]:
             raise ConfigError(f"{head!r} names no setting; expected name=value or --name value.")
         pairs.append((name, value))
     return pairs
-
-
-def _without_run_id(checkpoint_path: str, wandb_id: str | None) -> str:
-    parent, slash, last = checkpoint_path.rpartition("/")
-    is_run_id = last == wandb_id or re.fullmatch(r"[0-9a-f]{8}", last) is not None
-    return parent if slash and is_run_id else checkpoint_path

@@ -8,14 +8,13 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from sae_lens import SAE
-from sae_lens.saes.sae import TrainingSAE
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from sae_lens_multimodal.adapters.model import VisionLanguageModel
 from sae_lens_multimodal.data.batches import encoded_batches
 from sae_lens_multimodal.data.rows import Prompt
-from sae_lens_multimodal.hooks.saes import check_sae
+from sae_lens_multimodal.hooks.saes import check_sae, inference_sae
 from sae_lens_multimodal.training.metrics import MODALITIES, ModalityMetrics, ReconstructionTotals, as_report
 from sae_lens_multimodal.training.tokens import LabelledBatch, TokenChoice, read_tokens
 
@@ -55,7 +54,7 @@ def evaluate_reconstruction(
     Raises:
         SAEMismatchError: the SAE does not fit the model's hook.
     """
-    sae = to_inference_sae(sae) if isinstance(sae, TrainingSAE) else sae
+    sae = inference_sae(sae)
     name = check_sae(model, sae, hook_name)
     batches = encoded_batches(model, prompts, batch_size=batch_size, context_size=context_size)
     read = (read_tokens(model, batch.batch, name, choice or TokenChoice()) for batch in batches)
@@ -88,17 +87,6 @@ def _add(totals: ReconstructionTotals, sae: SAE[Any], x: Float[Tensor, "n d"]) -
     features = sae.encode(x)
     x_hat = sae.decode(features)
     totals.add(x, x_hat, features.to_dense() if features.is_sparse else features)
-
-
-@torch.no_grad()
-def to_inference_sae(sae: TrainingSAE[Any]) -> SAE[Any]:
-    """The SAE that a training SAE is saved as, such as a JumpReLU SAE for BatchTopK; weights are copied."""
-    state = {name: tensor.clone() for name, tensor in sae.state_dict().items()}
-    sae.process_state_dict_for_saving_inference(state)
-    # Built without memory and then given the copied weights, as SAE-Lens does when it loads.
-    inference = SAE.from_dict({**sae.cfg.get_inference_sae_cfg_dict(), "device": "meta"})
-    inference.load_state_dict(state, assign=True)
-    return inference.to(sae.device).eval()
 
 
 def _at_most(batches: Iterable[LabelledBatch], max_tokens: int | None) -> Iterator[LabelledBatch]:

@@ -97,14 +97,19 @@ def save_sae(
     return Path(weights), Path(config), sparsity
 
 
-def write_checkpoint_state(folder: Path, cfg: MultimodalSAERunnerConfig[Any], tokens_seen: Mapping[str, int]) -> None:
+def write_checkpoint_state(
+    folder: Path,
+    cfg: MultimodalSAERunnerConfig[Any],
+    tokens_seen: Mapping[str, int],
+    counts: Mapping[str, Any],
+) -> None:
     """Write what a checkpoint holds besides SAE-Lens's files."""
     write_json(folder / RUNNER_CFG_FILENAME, cfg.to_dict())
-    write_json(folder / STATE_NAME, {"tokens_seen": dict(tokens_seen)})
+    write_json(folder / STATE_NAME, {"tokens_seen": dict(tokens_seen), "counts": dict(counts)})
 
 
-def read_checkpoint_state(folder: Path, cfg: MultimodalSAERunnerConfig[Any]) -> dict[str, int]:
-    """Check that a checkpoint belongs to a run like this one, and read its counts of tokens.
+def read_checkpoint_state(folder: Path, cfg: MultimodalSAERunnerConfig[Any]) -> dict[str, Any]:
+    """Check that a checkpoint belongs to a run like this one, and read its `tokens_seen` and the store's `counts`.
 
     Raises:
         StoreError: there is no checkpoint, or it is of another model, hook or SAE.
@@ -122,5 +127,8 @@ def read_checkpoint_state(folder: Path, cfg: MultimodalSAERunnerConfig[Any]) -> 
             raise StoreError(
                 f"{folder} was trained with sae.{name}={saved['sae'][name]!r}, this run has {own[name]!r}."
             )
-    state: dict[str, int] = json.loads((folder / STATE_NAME).read_text(encoding="utf-8"))["tokens_seen"]
+    state: dict[str, Any] = json.loads((folder / STATE_NAME).read_text(encoding="utf-8"))
+    missing = {"tokens_seen", "counts"} - set(state)
+    if missing:
+        raise StoreError(f"{folder / STATE_NAME} lacks {sorted(missing)}; give a checkpoint of this version.")
     return state

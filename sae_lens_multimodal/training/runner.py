@@ -17,12 +17,13 @@ from sae_lens.training._interruption import InterruptedException
 from sae_lens.training.activation_scaler import ActivationScaler
 from sae_lens.util import temporary_seed
 
-from sae_lens_multimodal.adapters.model import VisionLanguageModel, load_model
+from sae_lens_multimodal.adapters.model import VisionLanguageModel, check_device, load_model
 from sae_lens_multimodal.data.batches import encoded_batches
 from sae_lens_multimodal.data.sources import Rows
 from sae_lens_multimodal.errors import ConfigError, SAEMismatchError
+from sae_lens_multimodal.hooks.saes import inference_sae, same_model
 from sae_lens_multimodal.training.config import MultimodalSAERunnerConfig
-from sae_lens_multimodal.training.evaluate import measure, to_inference_sae
+from sae_lens_multimodal.training.evaluate import measure
 from sae_lens_multimodal.training.interrupts import stop_on_signals
 from sae_lens_multimodal.training.metrics import ModalityMetrics, as_report
 from sae_lens_multimodal.training.output import (
@@ -57,7 +58,7 @@ class MultimodalSAEEvaluator:
     ) -> dict[str, Any]:
         """The metrics by name, as SAE-Lens logs them during training."""
         with data_provider.paused():
-            metrics = self.measure(to_inference_sae(sae), activation_scaler)
+            metrics = self.measure(inference_sae(sae), activation_scaler)
         return {
             f"evaluation/{metric}_{modality}": value
             for modality, values in as_report(metrics).items()
@@ -102,18 +103,20 @@ class MultimodalSAETrainingRunner(LanguageModelSAETrainingRunner):
         Args:
             cfg: the settings; they are not changed.
             override_dataset: a dataset or list of rows in place of `dataset_path`.
-            override_model: a loaded model in place of `model_name`.
+            override_model: a loaded model in place of `model_name`; its own name is the one that is recorded.
             override_sae: an SAE to go on training.
 
         Raises:
             ConfigError: settings that cannot work.
             StoreError: `output_path` holds another run.
             DatasetError: the dataset cannot be read.
-            ModelLoadError: the model cannot be loaded.
+            ModelLoadError: the model cannot be loaded, or this machine lacks the device.
             UnknownHookError: the model has no such hook.
             SAEMismatchError: the SAE does not fit the hook.
         """
         check_output_folder(cfg.output_path, overwrite=cfg.overwrite)
+        for device in (cfg.device, cfg.act_store_device):
+            check_device(device or cfg.device)
         source = open_source(cfg, override_dataset)
         self.model = override_model if override_model is not None else _load(cfg)
         self.cfg = _fitted(cfg, self.model)
@@ -148,7 +151,7 @@ class MultimodalSAETrainingRunner(LanguageModelSAETrainingRunner):
             self.save_final_sae(sae, self.cfg.output_path, trainer.log_feature_sparsity)
         if self.cfg.logger.log_to_wandb:
             self._finish_logging()
-        return to_inference_sae(sae)
+        return inference_sae(sae, copy=True)
 
     def run_trainer_with_interruption_handling(self, trainer: MultimodalSAETrainer) -> TrainingSAE[Any]:
         """Train; at a signal, save a checkpoint and stop.
@@ -175,7 +178,7 @@ class MultimodalSAETrainingRunner(LanguageModelSAETrainingRunner):
             return
         checkpoint_path.mkdir(parents=True, exist_ok=True)
         self.activations_store.save_to_checkpoint(checkpoint_path)
-        write_checkpoint_state(checkpoint_path, self.cfg, self._tokens_seen)
+        write_checkpoint_state(checkpoint_path, self.cfg, self._tokens_seen, self.activations_store.counts())
 
     def save_final_sae(
         self, sae: TrainingSAE[Any], output_path: str, log_feature_sparsity: torch.Tensor | None = None
@@ -215,17 +218,19 @@ class MultimodalSAETrainingRunner(LanguageModelSAETrainingRunner):
         self._tokens_seen = trainer.tokens_seen
         if self.cfg.resume_from_checkpoint is not None:
             folder = Path(self.cfg.resume_from_checkpoint)
-            trainer.tokens_seen.update(read_checkpoint_state(folder, self.cfg))
+            state = read_checkpoint_state(folder, self.cfg)
+            trainer.tokens_seen.update(state["tokens_seen"])
             trainer.load_trainer_state(folder)
             self.sae.load_weights_from_checkpoint(folder)
             self.activations_store.load_from_checkpoint(folder)
+            self.activations_store.restore_counts(state["counts"])
             logger.info("going on after %d tokens from %s", trainer.n_training_samples, folder)
         return trainer
 
     def _evaluate(self, sae: TrainingSAE[Any]) -> None:
         if not self.cfg.n_eval_batches:
             return
-        self.metrics = as_report(self.evaluator.measure(to_inference_sae(sae)))
+        self.metrics = as_report(self.evaluator.measure(inference_sae(sae)))
         for name, values in self.metrics.items():
             logger.info("%s tokens: %s", name, values)
         fired = {name: values["l0"] for name, values in self.metrics.items() if values["l0"] is not None}
@@ -269,7 +274,7 @@ def _load(cfg: MultimodalSAERunnerConfig[Any]) -> VisionLanguageModel:
 
 
 def _fitted(cfg: MultimodalSAERunnerConfig[Any], model: VisionLanguageModel) -> MultimodalSAERunnerConfig[Any]:
-    """A copy of the settings with the hook's own name and width, and the model's name if there is none."""
+    """A copy of the settings with the hook's own name and width, and the model's name."""
     if not cfg.hook_name:
         raise ConfigError("hook_name is empty; give one such as 'blocks.2.hook_resid_post'.")
     hook = model.hooks.resolve(cfg.hook_name)
@@ -291,7 +296,9 @@ def _fitted(cfg: MultimodalSAERunnerConfig[Any], model: VisionLanguageModel) -> 
     fitted = copy.copy(cfg)
     fitted.sae = replace(cfg.sae, d_in=width, metadata=copy.deepcopy(cfg.sae.metadata))
     fitted.hook_name = hook.name
-    fitted.model_name = cfg.model_name or model.name
+    if not (cfg.model_name and same_model(cfg.model_name, model.name)):
+        # Of a model that was given: the SAE must say what it was really trained on.
+        fitted.model_name = model.name
     return fitted
 
 
@@ -306,7 +313,7 @@ def _check_same_kind(sae: TrainingSAE[Any], cfg: MultimodalSAERunnerConfig[Any])
         "model_name": (metadata.model_name or cfg.model_name, cfg.model_name),
     }
     for name, (has, wanted) in differences.items():
-        if has != wanted:
+        if has != wanted and not (name == "model_name" and same_model(has, wanted)):
             raise SAEMismatchError(
                 f"The SAE to go on training has {name} {has!r}, the settings say {wanted!r}; give a matching SAE or "
                 "change the settings."

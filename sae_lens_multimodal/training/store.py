@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -75,6 +75,7 @@ class MultimodalActivationsStore(ActivationsStore):
         self.epoch = 0
         self.tokens_read: Counter[str] = Counter()
         self._skipped: Counter[str] = Counter()
+        self._dropped_before = 0
         self._report = SkipReport()
         self._next_row = 0
         self._generator = torch.Generator().manual_seed(cfg.seed)
@@ -146,7 +147,7 @@ class MultimodalActivationsStore(ActivationsStore):
     @property
     def tokens_dropped(self) -> int:
         """Tokens that were read and found no room: those of a modality in surplus."""
-        return sum(pool.dropped for pool in self._pools.values())
+        return self._dropped_before + sum(pool.dropped for pool in self._pools.values())
 
     def _refill(self) -> None:
         for pool in self._pools.values():
@@ -282,6 +283,20 @@ class MultimodalActivationsStore(ActivationsStore):
         self._next_row = int(state["next_row"])
         self._generator.set_state(state["generator"])
         self._prompt_batches = self._iterate_prompt_batches()
+
+    def counts(self) -> dict[str, Any]:
+        """What was read, dropped and skipped since the run began, as JSON values."""
+        return {
+            "tokens_read": dict(self.tokens_read),
+            "tokens_dropped": self.tokens_dropped,
+            "rows_skipped": dict(self.all_skipped),
+        }
+
+    def restore_counts(self, counts: Mapping[str, Any]) -> None:
+        """Go on counting where `counts` of an earlier part of the run ended; call it before the first batch."""
+        self.tokens_read = Counter(counts["tokens_read"])
+        self._dropped_before = int(counts["tokens_dropped"])
+        self._skipped = Counter(counts["rows_skipped"])
 
     # ---- SAE-Lens's own interface ------------------------------------------------------------------------------------
 

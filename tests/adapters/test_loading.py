@@ -144,6 +144,13 @@ def test_contradictory_arguments(folder: Path) -> None:
         load_model(folder, dtype="float33")
 
 
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", "cuda" if not torch.cuda.is_available() else "cuda:98"])
+def test_a_device_that_is_not_there(device: str, folder: Path, model: VisionLanguageModel) -> None:
+    for name in (folder, model._module):
+        with pytest.raises(ModelLoadError, match=rf"device='{device}'.* does not have; expected one such as 'cpu'"):
+            load_model(name, device=device, processor=model.processor)
+
+
 def test_token_strings_are_readable(model: VisionLanguageModel) -> None:
     batch = model.encode(prompt("is this red ?"))
     words = model.token_strings(batch["input_ids"][0])

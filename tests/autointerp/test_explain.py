@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+import sae_lens_multimodal.autointerp.explain as explain_module
 from sae_lens_multimodal.autointerp.explain import explain
 from sae_lens_multimodal.autointerp.explanation import Explanation, read_explanations
 from sae_lens_multimodal.autointerp.judges import FailureKind, JudgeFailure, JudgeRequest, ScriptedJudge
 from sae_lens_multimodal.autointerp.prompts import GeneralPrompts
+from sae_lens_multimodal.autointerp.regions import find_regions
+from sae_lens_multimodal.autointerp.styles import RegionStyle
 from sae_lens_multimodal.errors import ConfigError, FeatureError, JudgeError, StoreError
 from sae_lens_multimodal.features.store import FeatureStore
 from sae_lens_multimodal.scenes.prompt_book import scenes_prompt_book
@@ -37,7 +41,7 @@ def test_known_features_are_explained_rightly(store: FeatureStore, tmp_path: Pat
 def test_explainer_sees_different_prompts_and_pictures(store: FeatureStore, tmp_path: Path) -> None:
     for one in run(store, ScriptedJudge(perfect), tmp_path / "out", n_examples=5, n_contrast=3):
         active = [shown for shown in one.shown if shown.active]
-        assert len(active) == len(one.example_ids) == 5
+        assert len(active) == len({shown.prompt_id for shown in active}) == 5
         assert len(one.shown) <= 8
         if one.modality == "image":
             assert all(shown.box is not None and shown.image == 0 for shown in one.shown)
@@ -53,6 +57,49 @@ def test_general_explainer_is_shown_active_and_silent_regions(store: FeatureStor
     assert len(request.pictures) == 3 * 2 + 2
     assert request.text.count("on which it fires") >= 3
     assert request.text.count("Silent region") == 2
+
+
+def test_explainer_can_be_shown_heat_maps(store: FeatureStore, tmp_path: Path) -> None:
+    judge = ScriptedJudge(lambda _: GOOD)
+    book = GeneralPrompts(explain_style=RegionStyle(view="heat"))
+    (found,) = run(store, judge, tmp_path / "out", features=[0], prompts=book, n_examples=2, n_contrast=1)
+    (request,) = judge.requests
+    first = find_regions(store.examples(0, "top", "image")[0])[0]
+    assert found.shown[0].box == first.box
+    picture = store.examples(0, "top", "image")[0].images[0]
+    shown = np.asarray(request.pictures[0]).astype(int)
+    assert request.pictures[0].size == picture.size
+    assert request.pictures[2].size != picture.size, "what is silent is cut out"
+    x0, y0, x1, y1 = (round(value) for value in first.box)
+    tint = shown[..., 0] - shown[..., 2]
+    assert tint[y0:y1, x0:x1].mean() > tint.mean() + 20
+
+
+def test_examples_without_a_region_are_left_out(
+    store: FeatureStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bare = store.examples(0, "top", "image")[0].prompt_id
+    monkeypatch.setattr(
+        explain_module, "find_regions", lambda e, **o: [] if e.prompt_id == bare else find_regions(e, **o)
+    )
+    (found,) = run(store, ScriptedJudge(perfect), tmp_path / "out", features=[0])
+    assert found.text == "red"
+    assert bare not in found.prompt_ids
+    monkeypatch.setattr(explain_module, "find_regions", lambda *_, **__: [])
+    judge = ScriptedJudge([])
+    assert run(store, judge, tmp_path / "none", features=[0]) == []
+    assert read_explanations(tmp_path / "none") == [], "there is none yet, in a folder of explanations"
+
+
+def test_ledger_adds_up_over_runs_and_survives_an_error(store: FeatureStore, tmp_path: Path) -> None:
+    judge = ScriptedJudge(perfect)
+    run(store, judge, tmp_path / "elsewhere", features=[0, 1])
+    run(store, judge, tmp_path / "out", features=[0])
+    with pytest.raises(JudgeError):
+        run(store, ScriptedJudge(["green"]), tmp_path / "out", features=[1, 2])
+    written = json.loads((tmp_path / "out" / "ledger.json").read_text())
+    assert set(written) == {"calls", "cached", "tokens_in", "tokens_out", "seconds", "failures"}
+    assert (written["calls"], written["cached"], written["failures"]) == (2, 0, {})
 
 
 def test_both_modalities_and_one(store: FeatureStore, tmp_path: Path) -> None:
@@ -159,3 +206,5 @@ def test_explanations_by_hand_in_another_shape_are_refused(tmp_path: Path, line:
 def test_missing_file_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="does not exist"):
         read_explanations(tmp_path / "none.jsonl")
+    with pytest.raises(StoreError, match=r"has no manifest\.json"):
+        read_explanations(tmp_path)

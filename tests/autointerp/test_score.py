@@ -12,10 +12,12 @@ import pytest
 from sae_lens_multimodal.autointerp.explain import explain
 from sae_lens_multimodal.autointerp.explanation import Explanation
 from sae_lens_multimodal.autointerp.judges import FailureKind, JudgeFailure, JudgeRequest, ScriptedJudge
+from sae_lens_multimodal.autointerp.prompts import GeneralPrompts
 from sae_lens_multimodal.autointerp.results import Score, read_scores, read_verdicts, summarise
 from sae_lens_multimodal.autointerp.score import score
 from sae_lens_multimodal.autointerp.scorers import SCORERS, Sampling
 from sae_lens_multimodal.autointerp.selection import check_disjoint, held_out
+from sae_lens_multimodal.autointerp.styles import RegionStyle
 from sae_lens_multimodal.errors import ConfigError, JudgeError, SelectionError, StoreError
 from sae_lens_multimodal.features.store import FeatureStore
 from sae_lens_multimodal.scenes.prompt_book import scenes_prompt_book
@@ -116,6 +118,8 @@ def test_verdicts_say_what_was_shown(store: FeatureStore, explanations: list[Exp
     for verdict in verdicts:
         assert (verdict.image is None) == (verdict.modality == "text")
         assert (verdict.box is None) == (verdict.modality == "text" or verdict.scorer == "detection")
+        assert (verdict.style is None) == (verdict.box is None)
+        assert verdict.style is None or verdict.style.margin_pixels is not None
         assert (verdict.text is not None) == (verdict.modality == "text")
         if verdict.scorer == "detection":
             assert verdict.truth == (verdict.kind != "silent")
@@ -228,14 +232,76 @@ def test_goes_on_after_the_judge_went_down(
     assert read_verdicts(tmp_path / "out") == read_verdicts(tmp_path / "whole")
 
 
+def test_scores_grow_with_the_explanations(
+    store: FeatureStore, explanations: list[Explanation], tmp_path: Path
+) -> None:
+    first = run(store, explanations[:2], tmp_path / "out", ScriptedJudge(perfect))
+    judge = ScriptedJudge(perfect)
+    grown = run(store, explanations, tmp_path / "out", judge)
+    assert grown[:4] == first, "kept with the control that was drawn then"
+    # the text feature stands alone in its modality, so its control is one of images
+    assert len(judge.requests) == 3 * 2 * 2 * 10
+    assert len(read_verdicts(tmp_path / "out")) == 5 * 2 * 2 * 10
+    judge = ScriptedJudge([])
+    assert run(store, explanations[3:], tmp_path / "out", judge) == grown[6:]
+    written = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert sum(one["n_features"] for one in written) == 10, "the summary is that of all scores of the folder"
+
+
+def test_what_had_no_explanation_or_no_control_is_tested_once_it_has(
+    store: FeatureStore, explanations: list[Explanation], tmp_path: Path
+) -> None:
+    wordless = Explanation(**{**explanations[1].__dict__, "text": ""})
+    before = run(store, [explanations[0], wordless], tmp_path / "out", ScriptedJudge(perfect))
+    assert [one.control_feature for one in before] == [None] * 4
+    after = run(store, explanations[:2], tmp_path / "out", ScriptedJudge(perfect))
+    assert [one.control_feature for one in after] == [1, 1, 0, 0]
+    assert sorted(map(str, read_scores(tmp_path / "out"))) == sorted(map(str, after))
+    assert len(read_verdicts(tmp_path / "out")) == 2 * 2 * 2 * 10
+
+
 def test_other_explanations_or_settings_are_refused(
     store: FeatureStore, explanations: list[Explanation], tmp_path: Path
 ) -> None:
     run(store, explanations, tmp_path / "out", ScriptedJudge(perfect))
-    with pytest.raises(StoreError, match=r"other settings.*explanations"):
-        run(store, explanations[:3], tmp_path / "out", ScriptedJudge(perfect))
+    other = Explanation(**{**explanations[0].__dict__, "text": "blue"})
+    with pytest.raises(StoreError, match=r"another explanation of feature 0 from image: 'red', now 'blue'"):
+        run(store, [other], tmp_path / "out", ScriptedJudge(perfect))
+    assert len(read_scores(tmp_path / "out")) == 10
     with pytest.raises(StoreError, match=r"other settings.*seed was 0, now 1"):
         run(store, explanations, tmp_path / "out", ScriptedJudge(perfect), seed=1)
+
+
+def test_no_scores_yet_is_not_an_error(store: FeatureStore, explanations: list[Explanation], tmp_path: Path) -> None:
+    with pytest.raises(JudgeError):
+        run(store, explanations, tmp_path / "out", ScriptedJudge([]))
+    assert read_scores(tmp_path / "out") == []
+    assert read_verdicts(tmp_path / "out") == []
+    for read in (read_scores, read_verdicts):
+        with pytest.raises(StoreError, match=r"has no manifest\.json"):
+            read(tmp_path)
+
+
+def test_ledger_is_written(store: FeatureStore, explanations: list[Explanation], tmp_path: Path) -> None:
+    for _ in range(2):
+        run(store, explanations, tmp_path / "out", ScriptedJudge(perfect))
+    assert json.loads((tmp_path / "out" / "ledger.json").read_text())["calls"] == 200
+
+
+def test_judge_can_be_shown_heat_maps(store: FeatureStore, explanations: list[Explanation], tmp_path: Path) -> None:
+    judge = ScriptedJudge(lambda _: '{"answer": "yes"}')
+    book = GeneralPrompts(fuzz_style=RegionStyle(view="heat"))
+    run(store, explanations[:1], tmp_path / "out", judge, prompts=book, scorers=["fuzzing"])
+    lit = []
+    for verdict, request in zip(read_verdicts(tmp_path / "out"), judge.requests, strict=True):
+        assert verdict.box is not None
+        assert verdict.style is not None
+        assert verdict.style.view == "heat"
+        shown = np.asarray(request.pictures[0]).astype(int)
+        x0, y0, x1, y1 = (round(value) for value in verdict.box)
+        tint = shown[..., 0] - shown[..., 2]
+        lit.append(tint[y0:y1, x0:x1].mean() > tint.mean() + 20)
+    assert all(lit), "wrong regions are lit like right ones"
 
 
 def test_summary_is_written(store: FeatureStore, explanations: list[Explanation], tmp_path: Path) -> None:

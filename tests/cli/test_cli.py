@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from argparse import Namespace
 from pathlib import Path
 
+import datasets
 import pytest
 
 from sae_lens_multimodal.cli.commands import COMMANDS
@@ -13,6 +15,7 @@ from sae_lens_multimodal.cli.options import parse_changes, parse_features
 from sae_lens_multimodal.errors import ConfigError
 from sae_lens_multimodal.hooks.changes import Ablate, Add, Scale, Set
 from sae_lens_multimodal.scenes.folder import model_folder
+from sae_lens_multimodal.scenes.rows import scene_rows
 
 
 def options(**given: list[str]) -> Namespace:
@@ -20,8 +23,9 @@ def options(**given: list[str]) -> Namespace:
 
 
 def test_every_command_has_a_function() -> None:
-    listed = build_parser().format_help()
-    assert [name for name in COMMANDS if f"\n    {name} " not in listed] == []
+    listed = re.search(r"COMMAND\n(.*?)\n\n", build_parser().format_help(), re.DOTALL)
+    assert listed is not None
+    assert set(re.findall(r"^    (\w+)", listed[1], re.MULTILINE)) == set(COMMANDS)
 
 
 def test_features() -> None:
@@ -84,3 +88,31 @@ def test_versions(capsys: pytest.CaptureFixture[str]) -> None:
 def test_no_command_prints_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 2
     assert "COMMAND" in capsys.readouterr().out
+
+
+def test_from_training_to_the_report(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    rows = list(scene_rows(seed=5, count=24, kinds=("scene", "text")))
+    dataset = datasets.Dataset.from_list([{"images": one["images"], "messages": one["messages"]} for one in rows])
+    dataset.to_parquet(tmp_path / "rows.parquet")
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        f"model_name: {model_folder()}\nhook_name: blocks.0.hook_resid_post\ndataset_path: {tmp_path}/rows.parquet\n"
+        "sae: {architecture: topk, d_sae: 32, k: 4}\ntraining_tokens: 4096\ntrain_batch_size_tokens: 512\n"
+        f"n_eval_batches: 0\ncheckpoint_path: null\noutput_path: {tmp_path}/elsewhere\nlr: 0.003\n"
+    )
+    sae, store, report = tmp_path / "sae", tmp_path / "features", tmp_path / "report"
+    model = ("--model", str(model_folder()), "--sae", str(sae))
+    judge = ("--judge", str(model_folder()), "--dialect", "scenes")
+    commands = (
+        ("train", str(config), "--output_path", str(sae)),
+        ("harvest", *model, "--dataset", str(tmp_path / "rows.parquet"), "--output", str(store)),
+        ("explain", str(store), *judge, "--features", "0-31"),
+        ("score", str(store), *judge),
+        ("report", str(store), "--output", str(report)),
+        ("steer", *model, "--prompt", "is there a red circle ?", "--set", "0=8"),
+    )
+    for command in commands:
+        assert main(command) == 0, capsys.readouterr().err
+    assert (report / "index.html").is_file()
+    assert "before: " in capsys.readouterr().out
+    assert main(("explain", str(store), *judge, "--features", "0-31")) == 0  # again: everything is there already

@@ -43,8 +43,8 @@ def batch(model: VisionLanguageModel, conversations: list[list[dict[str, Any]]])
 
 
 @pytest.fixture(scope="session")
-def sae() -> SAE[Any]:
-    return build_sae(metadata={"hook_name": HOOK, "model_name": "tiny"})
+def sae(model: VisionLanguageModel) -> SAE[Any]:
+    return build_sae(metadata={"hook_name": HOOK, "model_name": model.name})
 
 
 @pytest.fixture(scope="session")

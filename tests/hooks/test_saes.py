@@ -20,6 +20,7 @@ from sae_lens_multimodal.hooks.saes import (
     inference_sae,
     output_scale,
     reconstruct_tokens,
+    same_model,
 )
 from tests.hooks.hook_samples import D_SAE, HOOK, SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY, build_sae
 
@@ -113,6 +114,9 @@ def test_an_sae_in_training_is_used_as_it_would_be_saved(
     # Each token by itself: the rest of the batch does not count.
     assert torch.allclose(encode_tokens(sae, acts)[:1], encode_tokens(sae, acts[:1]), atol=1e-5)
     assert inference_sae(saved) is saved
+    copied = inference_sae(sae, copy=True)
+    assert torch.equal(encode_tokens(copied, acts), encode_tokens(saved, acts))
+    assert copied.W_dec.data_ptr() != sae.W_dec.data_ptr()
     assert all(torch.equal(value, before[name]) for name, value in sae.state_dict().items())
 
 
@@ -141,6 +145,30 @@ def test_an_sae_of_another_width_is_refused_with_both_names(model: VisionLanguag
         check_sae(model, other)
     with pytest.raises(SAEMismatchError, match=r"\(topk, 96 features\) has d_in=40"):
         check_sae(model, build_sae(d_in=40), HOOK)
+
+
+def test_an_sae_of_another_model_is_refused_with_both_names(model: VisionLanguageModel) -> None:
+    other = build_sae(metadata={"hook_name": HOOK, "model_name": "other/model"})
+    with pytest.raises(SAEMismatchError, match=rf"trained on other/model, but the model is {model.name}; .*metadata"):
+        check_sae(model, other)
+    for name in (model.name, f"org/{model.name.upper()}", None, ""):
+        other.cfg.metadata.model_name = name
+        assert check_sae(model, other) == HOOK
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("llava-hf/llava-1.5-7b-hf", "/models/LLaVA-1.5-7b-hf/", True),
+        ("llava-hf/llava-1.5-7b-hf", "C:\\models\\llava-1.5-7b-hf", True),
+        ("llava-hf/llava-1.5-7b-hf", "/c/models--llava-hf--llava-1.5-7b-hf/snapshots/0a1b2c", True),
+        ("gpt2", "/c/models--gpt2/snapshots/0a1b2c", True),
+        ("llava-hf/llava-1.5-7b-hf", "llava-hf/llava-1.5-13b-hf", False),
+        (".", str(Path.cwd()), True),
+    ],
+)
+def test_names_of_one_model(one: str, other: str, same: bool) -> None:
+    assert same_model(one, other) == same_model(other, one) == same
 
 
 @pytest.mark.parametrize("architecture", NOT_SAES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from sae_lens_multimodal.adapters.batch import EncodedBatch
 from sae_lens_multimodal.adapters.encode import special_ids
+from sae_lens_multimodal.adapters.layout import TokenLayout
 from sae_lens_multimodal.adapters.model import VisionLanguageModel, load_model
 from sae_lens_multimodal.adapters.random_models import random_llava_next
 from sae_lens_multimodal.errors import ConfigError, FeatureError, SAEMismatchError, SelectionError, UnknownHookError
@@ -148,6 +150,52 @@ def test_generation_is_that_of_a_plain_hook_bit_for_bit(
     same = [torch.equal(one, other) for one, other in zip(found.scores, plain.scores, strict=True)]
     assert same[0] == (steps == "decoding")
     assert not all(same)
+
+
+def at_first(layout: TokenLayout) -> Tensor:
+    """The first position of a pass, and all image tokens."""
+    mask = layout.is_image.clone()
+    mask[:, 0] = True
+    return mask
+
+
+@pytest.mark.parametrize("steps", ["all", "prefill"])
+@pytest.mark.parametrize("tokens", ["all", "image", "text", "last", "mask", [-1, -3], at_first])
+def test_generation_without_a_cache_is_steered_as_with_one(
+    tokens: Any, steps: Any, model: VisionLanguageModel, sae: SAE[Any], batch: EncodedBatch, strong: dict[int, Any]
+) -> None:
+    chosen = batch.layout.is_image if isinstance(tokens, str) and tokens == "mask" else tokens
+    steered = steer(model, sae, strong, tokens=chosen, steps=steps)
+    # Placeholders that the random model generates would be taken for the prompt's when they are read again.
+    settings = {**GREEDY, "suppress_tokens": [model.family.image_token_id]}
+    cached, again = (steered.generate(**batch, **settings, use_cache=use) for use in (True, False))
+    assert torch.equal(again.sequences, cached.sequences)
+    assert torch.allclose(scores(again), scores(cached), atol=1e-5)
+    plain = model.generate(**batch, **settings, use_cache=False)
+    assert not torch.allclose(scores(again), scores(plain), atol=1e-3)
+
+
+def test_decoding_without_a_cache_leaves_the_prompt_alone(
+    model: VisionLanguageModel, sae: SAE[Any], batch: EncodedBatch, strong: dict[int, Any]
+) -> None:
+    steered = steer(model, sae, strong, steps="decoding")
+    settings = {**GREEDY, "suppress_tokens": [model.family.image_token_id]}
+    cached, again = (steered.generate(**batch, **settings, use_cache=use) for use in (True, False))
+    assert torch.allclose(scores(again), scores(cached), atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"use_cache": False}, {"num_beams": 2}, {"max_new_tokens": 1}])
+def test_a_bare_generation_ends_without_a_warning(
+    options: dict[str, Any], model: VisionLanguageModel, sae: SAE[Any], batch: EncodedBatch, strong: dict[int, Any]
+) -> None:
+    settings = {"max_new_tokens": 4, "do_sample": False, "suppress_tokens": [model.family.image_token_id], **options}
+    twice = steer(steer(model, sae, strong), sae, {3: Add(1.0)}, tokens="image")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        ends = int(twice.generate(**batch, **settings)[0, batch["input_ids"].shape[1]])
+        # The run may also end before the number of tokens asked for.
+        twice.generate(**batch, **settings, eos_token_id=ends)
+    assert not caught
 
 
 def test_text_leaves_control_tokens_alone_while_decoding(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,6 +45,8 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chro
     binary = shutil.which("chromium") or shutil.which("google-chrome")
     driver = shutil.which("chromedriver")
     if binary is None or driver is None:
+        if "SAE_LENS_MULTIMODAL_REQUIRE_BROWSER" in os.environ:
+            pytest.fail("no Chromium with chromedriver, and SAE_LENS_MULTIMODAL_REQUIRE_BROWSER asks for one")
         pytest.skip("no Chromium with chromedriver here (Debian: apt-get install chromium chromium-driver)")
     options = webdriver.ChromeOptions()
     options.binary_location = binary

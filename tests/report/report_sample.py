@@ -15,12 +15,15 @@ from sae_lens_multimodal.autointerp.explanation import Explanation
 from sae_lens_multimodal.autointerp.judges.base import FailureKind, JudgeFailure
 from sae_lens_multimodal.autointerp.regions import find_regions
 from sae_lens_multimodal.autointerp.results import Score, Verdict, score_of
+from sae_lens_multimodal.autointerp.styles import RegionStyle
 from sae_lens_multimodal.features.store import FeatureStore
 from sae_lens_multimodal.features.writer import StoreWriter
 from sae_lens_multimodal.report.records import OutputToken, SteeringRecord, SummaryTable
 from sae_lens_multimodal.scenes.world import Scene, make_scene
 from sae_lens_multimodal.types import Modality
 
+CROPPED = RegionStyle(margin_pixels=4.0, min_side_pixels=96)
+"""How the judge saw all regions but the first of each list, of which that is not known."""
 GRID = 12
 """Patches a side."""
 COLOURS = ("red", "green", "blue", "yellow")
@@ -178,6 +181,7 @@ def _verdicts(store: FeatureStore, feature: int, scorer: str, *, control: bool) 
                 kind=example.kind,
                 image=0,
                 box=regions[0].box if scorer == "fuzzing" and regions else None,
+                style=CROPPED if scorer == "fuzzing" and regions and position else None,
             )
         )
     return found

@@ -7,14 +7,17 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from sae_lens_multimodal.errors import FeatureError, ImageError, StoreError
 from sae_lens_multimodal.features.store import FeatureStore
+from sae_lens_multimodal.features.writer import StoreWriter
 from sae_lens_multimodal.files import MANIFEST_NAME, read_manifest
 from sae_lens_multimodal.report.build import REPORT_KIND, SCHEMA_VERSION, build_report
+from sae_lens_multimodal.report.formats import number
 from sae_lens_multimodal.report.records import SteeringRecord
-from tests.report.report_sample import EVIL, EVIL_ATTRIBUTE, EVIL_END, EVIL_IMAGE, TEXT_FEATURE
+from tests.report.report_sample import EVIL, EVIL_ATTRIBUTE, EVIL_END, EVIL_IMAGE, TEXT_FEATURE, picture_prompt
 
 ALLOWED_SCRIPTS = {"static/index.js", "../static/feature.js", None}
 
@@ -96,6 +99,26 @@ def test_embedded_data_survives_and_cannot_end_its_element(report: Path) -> None
     assert EVIL in rows[TEXT_FEATURE]["tokens"]
     raw = (report / "index.html").read_text()
     assert raw.count("</script>") == 2, "that of the data and that of index.js"
+
+
+def test_legend_ends_where_the_heat_map_is_fully_lit(tmp_path: Path) -> None:
+    prompt = picture_prompt(0)
+    assert prompt.scene is not None
+    values = np.zeros(len(prompt.tokens), dtype=np.float32)
+    values[[5, -1]] = 3.0, 9.0
+    writer = StoreWriter(tmp_path / "store", d_sae=2)
+    writer.add_prompt(0, tokens=prompt.tokens, layout=prompt.layout, images=[prompt.scene.image])
+    writer.add_example(1, prompt_id=0, activations=values, modality="image")
+    report = build_report(writer.finish(), output=tmp_path / "report", progress=False).parent
+    legend = re.search(r'<span class="legend">(.*?)</span></span>', (report / "features/1.html").read_text())
+    assert legend is not None
+    assert legend[1].endswith(f"<span>{number(3.0)}")
+
+
+def test_controls_agree_with_the_feature_or_not(report: Path) -> None:
+    text = pages(report)["features/0.html"].text
+    assert text.count("8 of 8 right") == 2
+    assert text.count("4 of 8 agree with the feature") == 2
 
 
 def test_bare_store_is_enough(store: FeatureStore, tmp_path: Path) -> None:

@@ -94,6 +94,18 @@ def test_scores_stand_beside_their_controls(views: dict[int, FeatureView]) -> No
     assert views[3].scores == ()
 
 
+def test_regions_are_shown_as_the_judge_saw_them(views: dict[int, FeatureView], store: FeatureStore) -> None:
+    (group,) = [one for one in views[0].verdicts if (one.task, one.control) == ("fuzzing", False)]
+    records = [one for one in verdicts(store) if (one.feature, one.scorer, one.control) == (0, "fuzzing", False)]
+    for verdict, record in zip(group.verdicts, records, strict=True):
+        assert verdict.picture is not None
+        whole = store.prompt(record.prompt_id).images[0].size
+        is_whole = (verdict.picture.width, verdict.picture.height) == whole
+        assert is_whole == (record.style is None)
+        assert ("as the judge saw it" in verdict.picture.alt) == (record.style is not None)
+        assert ("the outlined region" in verdict.picture.alt) == (record.box is not None and record.style is None)
+
+
 def test_verdicts_say_what_was_right(views: dict[int, FeatureView]) -> None:
     groups = {(group.task, group.control): group for group in views[1].verdicts}
     assert set(groups) == {(name, control) for name in ("detection", "fuzzing") for control in (False, True)}

@@ -15,7 +15,15 @@ from safetensors.torch import load_file
 
 from sae_lens_multimodal.adapters.model import VisionLanguageModel
 from sae_lens_multimodal.data.rows import row_to_prompt
-from sae_lens_multimodal.errors import ConfigError, DatasetError, SAEMismatchError, StoreError, UnknownHookError
+from sae_lens_multimodal.errors import (
+    ConfigError,
+    DatasetError,
+    ModelLoadError,
+    SAEMismatchError,
+    StoreError,
+    UnknownHookError,
+)
+from sae_lens_multimodal.hooks.saes import check_sae
 from sae_lens_multimodal.training.evaluate import evaluate_reconstruction
 from sae_lens_multimodal.training.runner import MultimodalSAETrainingRunner
 from sae_lens_multimodal.training.trainer import MultimodalSAETrainer
@@ -70,6 +78,15 @@ def test_provenance_is_in_the_metadata(model: VisionLanguageModel, make_config: 
     assert origin["metrics"] == runner.metrics
     assert json.loads((folder / "manifest.json").read_text())["kind"] == "sae"
     assert load_file(folder / "sparsity.safetensors")["sparsity"].shape == (64,)
+
+
+@pytest.mark.parametrize("given", ["a name of my own", ""])
+def test_an_sae_of_a_given_model_names_that_model(
+    model: VisionLanguageModel, make_config: Any, rows: Rows, given: str
+) -> None:
+    _, sae = run(model, make_config(model_name=given, n_eval_batches=0, output_path=None), rows)
+    assert sae.cfg.metadata.model_name == model.name
+    assert check_sae(model, sae) == "blocks.1.hook_resid_post"
 
 
 def test_training_learns(model: VisionLanguageModel, make_config: Any, rows: Rows) -> None:
@@ -202,6 +219,11 @@ def test_a_signal_saves_a_checkpoint_from_which_a_run_goes_on(
     resumed, _ = run(model, make_config(resume_from_checkpoint=checkpoint), rows)
     origin = SAE.load_from_disk(resumed.cfg.output_path).cfg.metadata.sae_lens_multimodal
     assert origin["tokens_seen"] == {"image": 128, "text": 128}
+    first = json.loads((Path(checkpoint) / "multimodal_state.json").read_text())["counts"]
+    assert first["tokens_read"]["text"] >= 64
+    # What was read before the stop counts, and what was read after it.
+    assert all(origin["tokens_read"][name] >= read + 64 for name, read in first["tokens_read"].items())
+    assert origin["tokens_dropped"] >= first["tokens_dropped"]
 
 
 def test_without_a_checkpoint_path_the_message_says_that_nothing_is_saved(
@@ -253,6 +275,7 @@ def test_a_folder_with_other_files_is_refused(
         ({"sae": {"d_in": 9}}, SAEMismatchError, "sae.d_in is 9, but blocks.1.hook_resid_post of .* wide"),
         ({"hook_name": "blocks.99.hook_resid_post"}, UnknownHookError, "blocks.99"),
         ({"hook_name": ""}, ConfigError, "hook_name is empty"),
+        ({"device": "gpu"}, ModelLoadError, "device='gpu'.* does not have"),
         ({"sae": {"architecture": "matryoshka_batchtopk"}}, ConfigError, "matryoshka_widths must not be empty"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -174,6 +175,22 @@ def test_a_saved_state_passes_over_rows_already_read(
     assert again.n_dataset_processed == store.n_dataset_processed > 0
     ahead = next(store._prompt_batches).prompts[0].row
     assert next(again._prompt_batches).prompts[0].row == ahead == store._next_row - 4
+
+
+def test_counts_go_on_where_they_were(model: VisionLanguageModel, make_config: Any, rows: Rows, tmp_path: Path) -> None:
+    changes = {"token_shares": {"image": 0.1, "text": 0.9}}
+    store = make_store(model, make_config, [{"text": ""}, *rows], **changes)
+    next(store)
+    counts = json.loads(json.dumps(store.counts()))
+    assert counts["tokens_dropped"] > 0
+    store.save_to_checkpoint(tmp_path)
+    again = make_store(model, make_config, [{"text": ""}, *rows], **changes)
+    again.load_from_checkpoint(tmp_path)
+    again.restore_counts(counts)
+    assert again.counts() == counts
+    next(again)
+    assert again.tokens_read["image"] > counts["tokens_read"]["image"]
+    assert again.tokens_dropped > counts["tokens_dropped"]
 
 
 def test_a_state_of_another_store_is_refused(

@@ -169,6 +169,25 @@ class Ledger:
             self.tokens_out += raw.tokens_out
             self.seconds += raw.seconds
 
+    def since(self, before: Ledger) -> Ledger:
+        """Give what was added to an earlier state of the same ledger."""
+        return Ledger(
+            **{name: getattr(self, name) - getattr(before, name) for name in _SUMS},
+            failures=self.failures - before.failures,
+        )
+
+    def plus(self, other: Ledger) -> Ledger:
+        """Give the sum of two ledgers."""
+        return Ledger(
+            **{name: getattr(self, name) + getattr(other, name) for name in _SUMS},
+            failures=self.failures + other.failures,
+        )
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Ledger:
+        """Read what `to_json` gave."""
+        return cls(**{**value, "failures": Counter(value["failures"])})
+
     def to_json(self) -> dict[str, Any]:
         """Give the ledger as JSON values."""
         return {
@@ -179,6 +198,9 @@ class Ledger:
             "seconds": round(self.seconds, 3),
             "failures": dict(sorted(self.failures.items())),
         }
+
+
+_SUMS = ("calls", "cached", "tokens_in", "tokens_out", "seconds")
 
 
 class Judge(ABC):

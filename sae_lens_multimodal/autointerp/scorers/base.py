@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from sae_lens_multimodal.autointerp.judges.base import JudgeRequest
     from sae_lens_multimodal.autointerp.prompts import PromptBook
     from sae_lens_multimodal.autointerp.selection import HeldOut
+    from sae_lens_multimodal.autointerp.styles import RegionStyle
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +34,8 @@ class Item:
     """Which picture of the prompt is shown."""
     box: Box | None = None
     """Which part of it, in pixels; None for all of it."""
+    style: RegionStyle | None = None
+    """How that part is shown; None for all of it."""
     text: str | None = None
     """Which text, with its marks."""
     views: tuple[Image.Image, ...] = field(default=(), repr=False, compare=False)

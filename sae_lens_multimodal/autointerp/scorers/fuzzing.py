@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from sae_lens_multimodal.autointerp.regions import Region, find_regions, show, silent_region
+from sae_lens_multimodal.autointerp.regions import Region, find_regions, heat_of, moved_heat, show, silent_region
 from sae_lens_multimodal.autointerp.scorers.base import Item, Sampling, Scorer, shuffled
 from sae_lens_multimodal.autointerp.texts import MarkedText, marked_text, wrongly_marked
 
@@ -45,18 +45,21 @@ class FuzzingScorer(Scorer):
         for region in find_regions(example, threshold=sampling.threshold)[:1]:
             wrong = silent_region(example, region, rng, margin_pixels=style.margin_pixels)
             if wrong is not None:
-                yield self._region_item(example, region, book, truth=True)
-                yield self._region_item(example, wrong, book, truth=False)
+                yield self._region_item(example, region, region, book)
+                yield self._region_item(example, region, wrong, book)
 
-    def _region_item(self, example: Example, region: Region, book: PromptBook, *, truth: bool) -> Item:
+    def _region_item(self, example: Example, right: Region, region: Region, book: PromptBook) -> Item:
+        style = book.fuzz_style
+        heat = moved_heat(heat_of(example, region.image), right.box, region.box) if style.view == "heat" else None
         return Item(
-            truth=truth,
+            truth=region is right,
             prompt_id=example.prompt_id,
             kind=example.kind,
             image_ids=tuple(example.image_ids),
             image=region.image,
             box=region.box,
-            views=tuple(show(example.images[region.image], region, book.fuzz_style)),
+            style=style.for_patches(region.patch_pixels),
+            views=tuple(show(example.images[region.image], region, style, heat=heat)),
         )
 
     def _of_text(
