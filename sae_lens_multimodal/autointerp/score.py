@@ -198,7 +198,8 @@ def _holds(found: Score, test: _Test, folder: RecordFolder) -> bool:
             return False
         raise StoreError(
             f"{folder.folder} holds the score of another explanation of feature {found.feature} from {found.modality}: "
-            f"{found.explanation[:80]!r}, now {test.explanation.text[:80]!r}. Give another folder."
+            f"{found.explanation[:80]!r}, now {test.explanation.text[:80]!r} (other words, or the "
+            "same from other examples). Give another folder."
         )
     return found.control_feature is not None or test.control is None
 

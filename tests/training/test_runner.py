@@ -108,7 +108,7 @@ def test_a_short_batchtopk_run_is_saved_with_about_k_features_a_token(
     runner, _ = run(model, make_config(**changes), rows)
     fired = [runner.metrics[modality]["l0"] for modality in ("image", "text")]
     # SAE-Lens's running mean would let 20 and more fire.
-    assert sum(fired) / 2 == pytest.approx(4, abs=1)
+    assert sum(fired) / 2 == pytest.approx(4, abs=2)
 
 
 def test_two_runs_of_one_seed_give_equal_weights(
