@@ -44,7 +44,9 @@ for explanation in explanations[:10]:
 # Score the explanations on examples that the explainer did not see, beside shuffled explanations.
 scores = score(store, judge, explanations, output="output/scores", prompts=scenes_prompt_book())
 for line in summarise(scores):
-    print(line.scorer, line.modality, "score", line.balanced_accuracy, "shuffled", line.control_balanced_accuracy)
+    score_and_control = (line.balanced_accuracy, line.control_balanced_accuracy)
+    means = ["-" if interval is None else f"{interval.mean:.2f}" for interval in score_and_control]
+    print(line.scorer, line.modality, "score", means[0], "shuffled", means[1], "features", line.n_scored)
 
 # %%
 index = build_report(

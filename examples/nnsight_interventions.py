@@ -13,16 +13,17 @@ from sae_lens_multimodal.types import Box
 
 model = load_model(model_folder())
 sae = SAE.load_from_disk("output/sae")
-hook = "blocks.2.hook_resid_post"
+hook = "blocks.0.hook_resid_post"
+torch.set_grad_enabled(False)
 
-scene = make_scene(seed=7, n_objects=2)
+scene = make_scene(seed=12, n_objects=2)
 target = scene.objects[0]
 question = [
     {
         "role": "user",
         "content": [
             {"type": "image", "image": scene.image},
-            {"type": "text", "text": f"what colour is the {target.shape} ?"},
+            {"type": "text", "text": "what is in the picture ?"},
         ],
     }
 ]
@@ -36,10 +37,10 @@ on_target = batch.layout.tokens_in(Box(*target.box))
 print(len(on_target), "tokens lie on the", target.phrase)
 
 # %%
-# Read activations in a trace: any hook, by TransformerLens's name or by module path.
+# Read activations in a trace: any hook, by TransformerLens's name or by module path, in the order of the forward pass.
 with model.trace(**batch):
-    resid = model.hooks[hook].save()
     patches = model.hooks["vision.blocks.0.hook_resid_post"].save()
+    resid = model.hooks[hook].save()
 print(tuple(resid.shape), tuple(patches.shape))
 
 # %%
@@ -72,10 +73,17 @@ with model.trace() as tracer:
 print(tuple(first.shape), tuple(second.shape))
 
 # %%
-# Steering is an nnsight edit: the original model stays as it was, and the SAE's error is kept.
-for change in (Ablate(), Scale(3.0), Set(2 * float(z.max()))):
-    mask = torch.zeros_like(batch.layout.is_image)
-    mask[0, on_target] = True
-    steered = steer(model, sae, {feature: change}, tokens=mask)
-    print(change, "->", steered.answer([question])[0])
+# Steering is an nnsight edit: the original model stays as it was, and the SAE's error is kept. On the target's tokens
+# only, the features of the target are ablated, or give way to those of the other object.
+on_other = batch.layout.tokens_in(Box(*scene.objects[1].box))
+foreign = (z[on_other].mean(0) - z[on_target].mean(0)).topk(5).indices.tolist()
+without = {int(own): Ablate() for own in top.indices}
+mask = torch.zeros_like(batch.layout.is_image)
+mask[0, on_target] = True
+for name, changes in {
+    "strongest feature three times as strong": {feature: Scale(3.0)},
+    "features ablated": without,
+    "features of the other object instead": {**without, **{one: Set(1.5 * float(z[:, one].max())) for one in foreign}},
+}.items():
+    print(name, "->", steer(model, sae, changes, tokens=mask).answer([question])[0])
 print("original ->", model.answer([question])[0])

@@ -17,9 +17,9 @@ model = load_model(model_folder())
 
 # The configuration is SAE-Lens's, with a few fields more. `token_shares` is exact in every batch.
 cfg = MultimodalSAERunnerConfig(
-    sae=TopKTrainingSAEConfig(d_in=model.d_model, d_sae=512, k=8),
+    sae=TopKTrainingSAEConfig(d_in=model.d_model, d_sae=256, k=8),
     model_name=str(model_folder()),
-    hook_name="blocks.2.hook_resid_post",
+    hook_name="blocks.0.hook_resid_post",
     dataset_path="sae_lens_multimodal.scenes",
     token_shares={"image": 0.6, "text": 0.4},
     training_tokens=200_000,

@@ -78,8 +78,10 @@ def explain(options: Namespace) -> None:
         prompts=_prompts(options),
         seed=options.seed,
     )
-    failed = sum(explanation.failure is not None for explanation in explanations)
-    _print(f"{len(explanations) - failed} features explained, {failed} failed: {output.resolve()}")
+    failures = [explanation.failure for explanation in explanations if explanation.failure is not None]
+    _print(f"{len(explanations) - len(failures)} features answered, {len(failures)} failed: {output.resolve()}")
+    if failures:
+        _say(f"first failure: {failures[0].message}")
 
 
 def score(options: Namespace) -> None:
