@@ -152,6 +152,7 @@ COMMANDS: dict[str, Callable[[Namespace], None]] = {
 
 def _model_and_sae(options: Namespace) -> tuple[VisionLanguageModel, Any]:
     from sae_lens import SAE
+    from safetensors import SafetensorError
 
     from sae_lens_multimodal.adapters.model import load_model
 
@@ -160,7 +161,7 @@ def _model_and_sae(options: Namespace) -> tuple[VisionLanguageModel, Any]:
     model = load_model(options.model, device=options.device, dtype=options.dtype)
     try:
         return model, SAE.load_from_disk(options.sae, device=options.device)
-    except (OSError, KeyError, ValueError) as error:
+    except (OSError, KeyError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
         raise StoreError(f"{options.sae} cannot be read as a SAE that SAE-Lens saved: {error}") from error
 
 

@@ -174,6 +174,9 @@ def token_labels(scenes: Sequence[Scene], layout: TokenLayout, words: Sequence[s
             labels[tokens, column] = np.where(
                 share >= COVERED_SHARE, PRESENT, np.where(share > TOUCHED_SHARE, UNSURE, ABSENT)
             )
+        # patches that see nothing but padding have an empty box
+        empty = (boxes[tokens, 2:] <= boxes[tokens, :2]).any(axis=1)
+        labels[tokens[empty]] = UNSURE
     return labels
 
 

@@ -73,6 +73,9 @@ def test_mistakes_cost_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Pa
     steer = ("steer", "--model", str(model_folder()), "--prompt", "?", "--set", "0=1", "--sae")
     assert "not a folder" in one_line_error(capsys, *steer, str(tmp_path / "none"))
     assert "cannot be read as a SAE" in one_line_error(capsys, *steer, str(tmp_path))
+    (tmp_path / "cfg.json").write_text('{"architecture": "standard", "d_in": 160, "d_sae": 8}')
+    (tmp_path / "sae_weights.safetensors").write_bytes(b"torn")
+    assert "cannot be read as a SAE" in one_line_error(capsys, *steer, str(tmp_path))
 
 
 def test_a_folder_that_is_no_model(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
