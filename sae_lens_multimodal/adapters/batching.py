@@ -12,6 +12,7 @@ from nnsight.modeling import processing
 from torch import Tensor
 
 from sae_lens_multimodal.adapters.family import Family
+from sae_lens_multimodal.errors import PromptError
 
 Invoke: TypeAlias = "tuple[tuple[Any, ...], dict[str, Any]]"
 """The positional and keyword arguments of one nnsight invoke."""
@@ -85,7 +86,7 @@ def join_invokes(model: Any, family: Family, invokes: Sequence[Invoke]) -> dict[
     for inputs, kwargs in invokes:
         encoding = processing.as_encoding(inputs[0] if inputs else None, kwargs)
         if encoding is None or processing.input_key(encoding) is None:
-            raise NotImplementedError(
+            raise PromptError(
                 f"got an invoke with {sorted(kwargs)} beside others; expected chat messages, text, or model inputs."
             )
         media.append({key: encoding.pop(key) for key in family.media_keys if key in encoding})
