@@ -22,10 +22,22 @@ if TYPE_CHECKING:
     from sae_lens_multimodal.hooks.changes import Add as Add
     from sae_lens_multimodal.hooks.changes import Scale as Scale
     from sae_lens_multimodal.hooks.changes import Set as Set
+    from sae_lens_multimodal.hooks.dose import dose_response as dose_response
+    from sae_lens_multimodal.hooks.places import BoxTokens as BoxTokens
+    from sae_lens_multimodal.hooks.places import ImageTokens as ImageTokens
     from sae_lens_multimodal.hooks.read import read_activations as read_activations
+    from sae_lens_multimodal.hooks.run_with_saes import run_with_cache_with_saes as run_with_cache_with_saes
+    from sae_lens_multimodal.hooks.run_with_saes import run_with_saes as run_with_saes
+    from sae_lens_multimodal.hooks.run_with_saes import saes as saes
     from sae_lens_multimodal.hooks.steer import steer as steer
+    from sae_lens_multimodal.hooks.vectors import SteeringVector as SteeringVector
+    from sae_lens_multimodal.hooks.vectors import steering_vector as steering_vector
     from sae_lens_multimodal.report.build import build_report as build_report
+    from sae_lens_multimodal.report.dose import build_dose_report as build_dose_report
+    from sae_lens_multimodal.training.cache import cache_activations as cache_activations
     from sae_lens_multimodal.training.config import MultimodalSAERunnerConfig as MultimodalSAERunnerConfig
+    from sae_lens_multimodal.training.evaluation import evaluate as evaluate
+    from sae_lens_multimodal.training.published import load_published_sae as load_published_sae
     from sae_lens_multimodal.training.runner import MultimodalSAETrainingRunner as MultimodalSAETrainingRunner
     from sae_lens_multimodal.types import Modality as Modality
 
@@ -33,22 +45,34 @@ if TYPE_CHECKING:
 _HOMES = {
     "Ablate": "hooks.changes",
     "Add": "hooks.changes",
+    "BoxTokens": "hooks.places",
     "EncodedBatch": "adapters.batch",
     "FeatureStore": "features.store",
+    "ImageTokens": "hooks.places",
     "Modality": "types",
     "MultimodalSAERunnerConfig": "training.config",
     "MultimodalSAETrainingRunner": "training.runner",
     "Scale": "hooks.changes",
     "Set": "hooks.changes",
+    "SteeringVector": "hooks.vectors",
     "TokenLayout": "adapters.layout",
     "VisionLanguageModel": "adapters.model",
+    "build_dose_report": "report.dose",
     "build_report": "report.build",
+    "cache_activations": "training.cache",
+    "dose_response": "hooks.dose",
+    "evaluate": "training.evaluation",
     "explain": "autointerp.explain",
     "harvest": "features.harvest",
     "load_model": "adapters.model",
+    "load_published_sae": "training.published",
     "read_activations": "hooks.read",
+    "run_with_cache_with_saes": "hooks.run_with_saes",
+    "run_with_saes": "hooks.run_with_saes",
+    "saes": "hooks.run_with_saes",
     "score": "autointerp.score",
     "steer": "hooks.steer",
+    "steering_vector": "hooks.vectors",
 }
 
 __all__ = sorted(_HOMES)

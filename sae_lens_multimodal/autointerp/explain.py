@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -19,14 +19,8 @@ from sae_lens_multimodal.autointerp.explanation import (
     ModalityName,
     Shown,
 )
-from sae_lens_multimodal.autointerp.judges.base import (
-    TRANSIENT,
-    FailureKind,
-    Judge,
-    JudgeFailure,
-    JudgeRequest,
-    Outcome,
-)
+from sae_lens_multimodal.autointerp.judges.base import TRANSIENT, Judge, JudgeRequest
+from sae_lens_multimodal.autointerp.procedures import Context, Procedure, answered
 from sae_lens_multimodal.autointerp.prompts import GeneralPrompts, PromptBook
 from sae_lens_multimodal.autointerp.records import RecordFolder
 from sae_lens_multimodal.autointerp.regions import crop, find_regions, heat_of, show, silent_region
@@ -63,6 +57,7 @@ def explain(
     features: Sequence[int] | None = None,
     prompts: PromptBook | None = None,
     modality: Literal["auto", "image", "text", "both"] = "auto",
+    procedure: Procedure | None = None,
     n_examples: int = 5,
     n_contrast: int = 3,
     threshold: float = 0.5,
@@ -84,6 +79,8 @@ def explain(
         prompts: the phrases; None: those for models that follow instructions.
         modality: from regions of pictures, from text, from both (two explanations), or from the modality in which
             the feature fires more.
+        procedure: `Contrastive()` weighs several explanations on examples of their own, `Published()` does as arXiv
+            2411.14982 does; None: one question about the strongest examples.
         n_examples: how many examples the explainer sees, at most half of those in the store.
         n_contrast: how many silent regions or texts it sees beside them.
         threshold: share of an example's strongest activation from which on a token belongs to a region or is marked.
@@ -114,21 +111,33 @@ def explain(
         "seed": seed,
         "store": store_name(store),
     }
+    if procedure is not None:
+        settings["procedure"] = procedure.settings()
     folder = RecordFolder(output, kind=KIND, schema_version=SCHEMA_VERSION, settings=settings)
     wanted = _wanted(store, store.features if features is None else features, modality)
     known = _known(folder, retry_failed=retry_failed)
-    asker = _Asker(store, book, judge.id, n_examples, n_contrast, threshold, context, seed)
+    shared = Context(
+        store=store,
+        book=book,
+        judge_id=judge.id,
+        n_examples=n_examples,
+        n_contrast=n_contrast,
+        threshold=threshold,
+        context=context,
+        seed=seed,
+    )
+    procedure = General() if procedure is None else procedure
     missing = [key for key in wanted if key not in known]
     bar = tqdm(total=len(missing), desc="explain", unit="feature", disable=not progress)
     with bar, ledger_kept(judge, folder.folder):
         for start in range(0, len(missing), FEATURES_AT_ONCE):
             chunk = missing[start : start + FEATURES_AT_ONCE]
-            questions = [question for key in chunk if (question := asker.question(*key)) is not None]
-            bar.update(len(chunk) - len(questions))
-            for explanation in _answers(judge, book, questions):
+            before = bar.n
+            for explanation in procedure.explain(judge, shared, chunk):
                 folder.append(EXPLANATIONS, [explanation.to_json()])
                 known[explanation.feature, explanation.modality] = explanation
                 bar.update()
+            bar.update(before + len(chunk) - bar.n)
     return [known[key] for key in wanted if key in known]
 
 
@@ -164,50 +173,38 @@ def _known(folder: RecordFolder, *, retry_failed: bool) -> dict[tuple[int, Modal
     return {(one.feature, one.modality): one for one in kept}
 
 
-def _answers(judge: Judge, book: PromptBook, questions: Sequence[_Question]) -> Iterator[Explanation]:
-    for index, outcome in judge.stream([question.request for question in questions]):
-        yield _explanation(book, questions[index], outcome)
+class General(Procedure):
+    """One question about each feature: what do its strongest regions or marked texts share?"""
 
+    name: ClassVar[str] = "general"
 
-def _explanation(book: PromptBook, question: _Question, outcome: Outcome) -> Explanation:
-    """Fill in what the judge said."""
-    values = question.unanswered.__dict__
-    if isinstance(outcome, JudgeFailure):
-        return Explanation(**{**values, "failure": outcome})
-    meaning = book.read_meaning(outcome.text)
-    if meaning is None:
-        failure = JudgeFailure.of(
-            question.request,
-            FailureKind.UNPARSABLE,
-            f"The explainer's reply is not in the shape asked for: {outcome.text[:120]!r}.",
-            outcome.text,
-        )
-        return Explanation(**{**values, "failure": failure})
-    return Explanation(**{**values, "text": meaning.text, "label": meaning.label})
+    def settings(self) -> dict[str, Any]:
+        """Give its name; it has no settings of its own."""
+        return {"name": self.name}
+
+    def explain(
+        self, judge: Judge, context: Context, keys: Sequence[tuple[int, ModalityName]]
+    ) -> Iterator[Explanation]:
+        """Ask one question about each feature; those without an example in the modality are left out."""
+        asker = _Asker(context)
+        questions = [question for key in keys if (question := asker.question(*key)) is not None]
+        for index, outcome in judge.stream([question.request for question in questions]):
+            question = questions[index]
+            yield answered(context.book, question.request, question.unanswered, outcome)
 
 
 class _Asker:
     """Makes the request about one feature."""
 
-    def __init__(
-        self,
-        store: FeatureStore,
-        book: PromptBook,
-        judge: str,
-        n_examples: int,
-        n_contrast: int,
-        threshold: float,
-        context: int,
-        seed: int,
-    ) -> None:
-        self.store = store
-        self.book = book
-        self.judge = judge
-        self.n_examples = n_examples
-        self.n_contrast = n_contrast
-        self.threshold = threshold
-        self.context = context
-        self.seed = seed
+    def __init__(self, context: Context) -> None:
+        self.store = context.store
+        self.book = context.book
+        self.judge = context.judge_id
+        self.n_examples = context.n_examples
+        self.n_contrast = context.n_contrast
+        self.threshold = context.threshold
+        self.context = context.context
+        self.seed = context.seed
 
     def question(self, feature: int, modality: ModalityName) -> _Question | None:
         """Make the request; None where the feature has no example, or the book no words."""

@@ -49,6 +49,22 @@ class Shown:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """One of several explanations that were weighed, and how it did on the validation split."""
+
+    text: str
+    label: str
+    validation: float | None
+    """Balanced accuracy on the validation split, failures counted as wrong; None where there was nothing to ask."""
+    n: int = 0
+    """Items asked about."""
+    n_failed: int = 0
+    """Items without a usable answer."""
+    round: int = 0
+    """In which round it was proposed, from 0."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Explanation:
     """What one feature stands for, in the words of a model or a person."""
 
@@ -66,14 +82,25 @@ class Explanation:
     shown: tuple[Shown, ...] = ()
     """What the explainer saw, in that order."""
     image_ids: tuple[str, ...] = ()
-    """Content names of all pictures of the prompts shown."""
+    """Content names of all pictures of the prompts shown or validated on."""
     failure: JudgeFailure | None = None
     """Why there is no explanation, where the explainer failed."""
+    procedure: str = "general"
+    """How it was made: general, contrastive or published."""
+    candidates: tuple[Candidate, ...] = ()
+    """All that were weighed, where there was a choice, in the order in which they were proposed."""
+    validated_on: tuple[Shown, ...] = ()
+    """What the choice among them was made on."""
 
     @property
     def prompt_ids(self) -> tuple[int, ...]:
-        """The prompts that the explainer saw, each once, ascending."""
-        return tuple(sorted({one.prompt_id for one in self.shown}))
+        """The prompts that the explainer saw or the choice was made on, each once, ascending: scores need others."""
+        return tuple(sorted({one.prompt_id for one in (*self.shown, *self.validated_on)}))
+
+    @property
+    def validation(self) -> float | None:
+        """Balanced accuracy of the explanation that was kept, on the validation split; None where there was none."""
+        return next((one.validation for one in self.candidates if one.text == self.text), None)
 
     @property
     def digest(self) -> str:
@@ -89,8 +116,9 @@ class Explanation:
         return "explained" if self.text else "nothing in common"
 
     def to_json(self) -> dict[str, Any]:
-        """Give the explanation as JSON values."""
-        return {**asdict(self), "failure": self.failure.to_json() if self.failure else None}
+        """Give the explanation as JSON values; what a procedure without a choice has not, it does not mention."""
+        values = {**asdict(self), "failure": self.failure.to_json() if self.failure else None}
+        return {key: value for key, value in values.items() if key not in _CHOICE or value != _CHOICE[key]}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Explanation:
@@ -101,9 +129,15 @@ class Explanation:
                 **value,
                 "shown": tuple(Shown.from_json(one) for one in value.get("shown", ())),
                 "image_ids": tuple(value.get("image_ids", ())),
+                "candidates": tuple(Candidate(**one) for one in value.get("candidates", ())),
+                "validated_on": tuple(Shown.from_json(one) for one in value.get("validated_on", ())),
                 "failure": None if failure is None else JudgeFailure.from_json(failure),
             }
         )
+
+
+_CHOICE: Mapping[str, Any] = {"procedure": "general", "candidates": (), "validated_on": ()}
+"""Fields that only a procedure with a choice fills, and what they are without one."""
 
 
 def read_explanations(path: Path | str) -> list[Explanation]:

@@ -88,6 +88,32 @@ class PromptBook(ABC):
     def read_meaning(self, reply: str) -> Meaning | None:
         """Read the reply to either question above."""
 
+    def explain_lit(self, pictures: Sequence[Image.Image]) -> JudgeRequest | None:
+        """Ask what the lit parts of whole pictures share, all else being dimmed; without examples or silent regions."""
+        return self.explain_images([[picture] for picture in pictures], [])
+
+    def propose_images(
+        self, active: Sequence[Sequence[Image.Image]], silent: Sequence[Image.Image], n_candidates: int
+    ) -> JudgeRequest | None:
+        """Ask for several explanations of regions; a book that can only ask for one does that."""
+        del n_candidates
+        return self.explain_images(active, silent)
+
+    def propose_texts(self, active: Sequence[str], silent: Sequence[str], n_candidates: int) -> JudgeRequest | None:
+        """Ask for several explanations of marked texts; a book that can only ask for one does that."""
+        del n_candidates
+        return self.explain_texts(active, silent)
+
+    def read_proposals(self, reply: str) -> list[Meaning] | None:
+        """Read the reply to the two questions above: explanations, the likeliest first; none where nothing is shared."""
+        meaning = self.read_meaning(reply)
+        return None if meaning is None else [meaning] if meaning.common else []
+
+    def variants(self, meaning: Meaning) -> list[Meaning]:
+        """Give explanations near to one, which are worth trying without asking the explainer again."""
+        del meaning
+        return []
+
     @abstractmethod
     def detect_image(self, explanation: str, picture: Image.Image) -> JudgeRequest | None:
         """Ask whether a picture has what the explanation says."""
@@ -116,6 +142,14 @@ _MEANING = (
     'Answer with one JSON object and nothing else: {"common": true or false, "explanation": "one sentence", '
     '"label": "at most four words"}. Where they share nothing that you can name, "common" is false and the others are '
     "empty: that is a good answer, an invented one is not."
+)
+
+
+_PROPOSALS = (
+    "Give up to {n} different explanations, the likeliest first; they may differ in how wide they are. Answer with one "
+    'JSON object and nothing else: {{"common": true or false, "candidates": [{{"explanation": "one sentence", "label": '
+    '"at most four words"}}]}}. Where the active ones share nothing that the silent ones lack and that you can name, '
+    '"common" is false and the list is empty: that is a good answer, an invented one is not.'
 )
 
 
@@ -152,6 +186,11 @@ class GeneralPrompts(PromptBook):
 
     def explain_images(self, active: Sequence[Sequence[Image.Image]], silent: Sequence[Image.Image]) -> JudgeRequest:
         """Show the regions numbered, first the active, then the silent ones."""
+        parts = self._regions(active, silent)
+        parts.append(f"What do the regions on which it fires share, and the silent ones lack? {_MEANING}")
+        return self._request(parts, self.meaning_tokens)
+
+    def _regions(self, active: Sequence[Sequence[Image.Image]], silent: Sequence[Image.Image]) -> list[Part]:
         parts: list[Part] = [
             "An inner unit of a vision model fires on certain regions of pictures. Find out what it stands for."
         ]
@@ -159,11 +198,41 @@ class GeneralPrompts(PromptBook):
             parts += [f"Region {number}, on which it fires{_explained(self.explain_style.view)}:", *views]
         for number, view in enumerate(silent, start=1):
             parts += [f"Silent region {number}, on which it does not fire:", view]
-        parts.append(f"What do the regions on which it fires share, and the silent ones lack? {_MEANING}")
+        return parts
+
+    def propose_images(
+        self, active: Sequence[Sequence[Image.Image]], silent: Sequence[Image.Image], n_candidates: int
+    ) -> JudgeRequest:
+        """Show the regions as `explain_images` does, and ask for several explanations."""
+        parts = self._regions(active, silent)
+        asked = "What do the regions on which it fires share, and the silent ones lack, though they look alike?"
+        parts.append(f"{asked} {_PROPOSALS.format(n=n_candidates)}")
+        return self._request(parts, self.meaning_tokens * n_candidates)
+
+    def explain_lit(self, pictures: Sequence[Image.Image]) -> JudgeRequest:
+        """Show whole pictures, lit where the unit fires, as the published procedure does (arXiv 2411.14982)."""
+        parts: list[Part] = [
+            "An inner unit of a vision model fires on the lit parts of these pictures; all else is dimmed."
+        ]
+        for number, picture in enumerate(pictures, start=1):
+            parts += [f"Picture {number}:", picture]
+        parts.append(f"What do the lit parts share? {_MEANING}")
         return self._request(parts, self.meaning_tokens)
 
     def explain_texts(self, active: Sequence[str], silent: Sequence[str]) -> JudgeRequest:
         """Show the texts numbered, first the active, then the silent ones."""
+        parts = self._texts(active, silent)
+        parts.append(f"What do the marked words, or the places where they stand, share? {_MEANING}")
+        return self._request(parts, self.meaning_tokens)
+
+    def propose_texts(self, active: Sequence[str], silent: Sequence[str], n_candidates: int) -> JudgeRequest:
+        """Show the texts as `explain_texts` does, and ask for several explanations."""
+        parts = self._texts(active, silent)
+        asked = "What do the marked words, or the places where they stand, share, and all other words lack?"
+        parts.append(f"{asked} {_PROPOSALS.format(n=n_candidates)}")
+        return self._request(parts, self.meaning_tokens * n_candidates)
+
+    def _texts(self, active: Sequence[str], silent: Sequence[str]) -> list[Part]:
         before, after = self.marks
         parts: list[Part] = [
             f"An inner unit of a language model fires on the words between {before} and {after}. "
@@ -171,8 +240,20 @@ class GeneralPrompts(PromptBook):
         ]
         parts += [f"Text {number}: {text}" for number, text in enumerate(active, start=1)]
         parts += [f"Silent text {number}, on which it does not fire: {text}" for number, text in enumerate(silent, 1)]
-        parts.append(f"What do the marked words, or the places where they stand, share? {_MEANING}")
-        return self._request(parts, self.meaning_tokens)
+        return parts
+
+    def read_proposals(self, reply: str) -> list[Meaning] | None:
+        """Read the JSON object; an entry of another shape makes all of it unreadable."""
+        found = json_object(reply)
+        if found is None or not isinstance(found.get("common"), bool):
+            return None
+        entries = found.get("candidates", [])
+        if not isinstance(entries, list):
+            return None
+        meanings = [_meaning_of(entry) for entry in entries]
+        if any(one is None for one in meanings) or (found["common"] and not meanings):
+            return None
+        return [one for one in meanings if one is not None] if found["common"] else []
 
     def read_meaning(self, reply: str) -> Meaning | None:
         """Read the JSON object; its three fields must have the right types and agree."""
@@ -182,10 +263,7 @@ class GeneralPrompts(PromptBook):
         text, label = found.get("explanation", ""), found.get("label", "")
         if not isinstance(text, str) or not isinstance(label, str):
             return None
-        text = " ".join(text.split())
-        if not found["common"]:
-            return Meaning("", "")
-        return Meaning(text, " ".join(label.split()) or short_label(text)) if text else None
+        return _meaning_of(found) if found["common"] else Meaning("", "")
 
     def detect_image(self, explanation: str, picture: Image.Image) -> JudgeRequest:
         """Ask about one whole picture."""
@@ -225,6 +303,21 @@ class GeneralPrompts(PromptBook):
 
     def _request(self, parts: Sequence[Part], max_new_tokens: int) -> JudgeRequest:
         return JudgeRequest(parts=tuple(parts), max_new_tokens=max_new_tokens, prompt_version=self.version)
+
+
+def _meaning_of(entry: object) -> Meaning | None:
+    """Read an explanation and its label; None where it has no words or another shape.
+
+    >>> _meaning_of({"explanation": " red  things ", "label": ""}), _meaning_of({"explanation": 3}), _meaning_of("red")
+    (Meaning(text='red things', label='red things'), None, None)
+    """
+    if not isinstance(entry, dict):
+        return None
+    text, label = entry.get("explanation", ""), entry.get("label", "")
+    if not isinstance(text, str) or not isinstance(label, str):
+        return None
+    text = " ".join(text.split())
+    return Meaning(text, " ".join(label.split()) or short_label(text)) if text else None
 
 
 def _explained(view: View) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
 
@@ -121,6 +121,70 @@ def held_out(
     )
     check_disjoint([*found.firing, *found.silent], prompts=taken_prompts, images=taken_images)
     return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """Examples of one feature for explaining and for choosing among explanations; the others are left to score with."""
+
+    explain: list[Example]
+    """The strongest first, then some of ordinary strength."""
+    explain_silent: list[Example]
+    validate: HeldOut
+    """Shares no prompt and no picture with the two lists above."""
+
+
+def split_examples(
+    store: FeatureStore,
+    feature: int,
+    modality: ModalityName,
+    *,
+    n_explain: int,
+    n_validate: int,
+    n_silent: int,
+    rng: np.random.Generator,
+) -> Split:
+    """Deal a feature's examples out: to the explainer, to the choice among explanations, and the rest to the scores.
+
+    Each of the first two gets at most a third of the firing and a third of the silent examples.
+
+    Raises:
+        SelectionError: two of the parts would share a prompt or a picture.
+    """
+    top = distinct(_fires(store.examples(feature, "top", modality), modality), prompts=set(), images=set())
+    spare = distinct(_fires(store.examples(feature, "ordinary", modality), modality), **_taken(top))
+    third = (len(top) + len(spare)) // 3
+    n_shown = min(n_explain, max(1, third))
+    n_ordinary = min(n_shown // 3, len(spare))
+    drawn = [spare[index] for index in rng.permutation(len(spare))]
+    shown = [*top[: n_shown - n_ordinary], *drawn[:n_ordinary]]
+    others = [*top[n_shown - n_ordinary :], *drawn[n_ordinary:]]
+    validated = [others[index] for index in rng.permutation(len(others))][: min(n_validate, third)]
+    silent = distinct(store.examples(feature, "silent", modality), **_taken([*top, *spare]))
+    silent_third = len(silent) // 3
+    quiet = silent[: min(n_silent, silent_third)]
+    validate = HeldOut(
+        feature=feature,
+        modality=modality,
+        firing=validated,
+        silent=silent[len(quiet) : len(quiet) + min(n_validate, silent_third)],
+    )
+    check_disjoint([*validate.firing, *validate.silent], **_taken([*shown, *quiet]))
+    return Split(explain=shown, explain_silent=quiet, validate=validate)
+
+
+class _Taken(TypedDict):
+    prompts: set[int]
+    images: set[str]
+
+
+def _taken(examples: Iterable[Example]) -> _Taken:
+    """Collect the prompts and pictures of examples."""
+    examples = list(examples)
+    return {
+        "prompts": {example.prompt_id for example in examples},
+        "images": {image for example in examples for image in example.image_ids},
+    }
 
 
 def check_disjoint(examples: Sequence[Example], *, prompts: Iterable[int], images: Iterable[str]) -> None:

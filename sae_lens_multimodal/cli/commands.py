@@ -12,6 +12,8 @@ from sae_lens_multimodal.cli.options import parse_changes, parse_features
 from sae_lens_multimodal.errors import ConfigError, StoreError
 
 if TYPE_CHECKING:
+    from sae_lens import SAE
+
     from sae_lens_multimodal.adapters.model import VisionLanguageModel
     from sae_lens_multimodal.autointerp.judges.base import Judge
     from sae_lens_multimodal.autointerp.prompts import PromptBook
@@ -31,14 +33,70 @@ def demo(options: Namespace) -> None:
 
 
 def train(options: Namespace) -> None:
-    """Train a sparse autoencoder."""
-    from sae_lens_multimodal.training.config_file import load_config
+    """Train a sparse autoencoder, or several."""
     from sae_lens_multimodal.training.runner import MultimodalSAETrainingRunner
+    from sae_lens_multimodal.training.several import MultimodalMultiSAETrainingRunner
+    from sae_lens_multimodal.training.several_config import MultimodalMultiSAERunnerConfig, load_run_config
 
-    config = load_config(options.config, options.overrides)
-    MultimodalSAETrainingRunner(config).run()
-    if config.output_path is not None:
-        _print(str(Path(config.output_path).resolve()))
+    config = load_run_config(options.config, options.overrides)
+    several = isinstance(config, MultimodalMultiSAERunnerConfig)
+    runner = MultimodalMultiSAETrainingRunner(config) if several else MultimodalSAETrainingRunner(config)
+    runner.run()
+    if runner.cfg.output_path is not None:
+        _print(str(Path(runner.cfg.output_path).resolve()))
+
+
+def cache(options: Namespace) -> None:
+    """Write the activations of a training run, to train from many times."""
+    from sae_lens_multimodal.training.cache import cache_activations
+    from sae_lens_multimodal.training.config_file import load_config
+
+    _print(str(cache_activations(load_config(options.config, options.overrides), say=_say).resolve()))
+
+
+def evaluate(options: Namespace) -> None:
+    """Measure an SAE and floors beside it."""
+    from sae_lens_multimodal.training.evaluation import evaluate as run
+    from sae_lens_multimodal.training.evaluation_report import evaluation_lines, save_evaluation
+    from sae_lens_multimodal.training.trained_on import TrainingRun
+
+    known = TrainingRun.of(options.sae, device=options.device)
+    model = known.load_model(options.model, device=options.device, dtype=options.dtype)
+    found = run(
+        known,
+        options.dataset,
+        model=model,
+        hook_name=options.hook,
+        split=options.split,
+        subset=options.subset,
+        image_folder=options.image_folder,
+        max_prompts=options.max_prompts,
+        loss_prompts=options.loss_prompts,
+        floors=options.floors,
+        batch_size=options.batch_size,
+        context_size=options.context_size,
+        seed=options.seed,
+    )
+    _print(*evaluation_lines(found))
+    if options.output is not None:
+        save_evaluation(found, options.output)
+    if options.scenes:
+        _print("", *_truth_lines(model, found.saes, options))
+
+
+def _truth_lines(model: VisionLanguageModel, saes: dict[str, Any], options: Namespace) -> list[str]:
+    from sae_lens_multimodal.files import write_json
+    from sae_lens_multimodal.scenes.rows import scene_rows
+    from sae_lens_multimodal.scenes.truth import fit_several
+    from sae_lens_multimodal.scenes.truth_tables import concept_lines, summary_lines, truth_record
+    from sae_lens_multimodal.types import Modality
+
+    rows = scene_rows(options.seed + 7_000, options.scenes, kinds=("scene", "text"))
+    truths = fit_several(model, saes, rows, hook_name=options.hook, batch_size=options.batch_size)
+    if options.output is not None:
+        write_json(options.output / "truth.json", {name: truth_record(truth) for name, truth in truths.items()})
+    kinds = ("colour", "shape", "texture", "glyph", "background", "border")
+    return [*summary_lines(truths), "", *concept_lines(truths["sae"], Modality.IMAGE, kinds=kinds)]
 
 
 def harvest(options: Namespace) -> None:
@@ -124,29 +182,97 @@ def report(options: Namespace) -> None:
 
 
 def steer(options: Namespace) -> None:
-    """Ask a question of the model as it is and of the steered model."""
+    """Ask a question of the model as it is and of the steered model, or measure a dose curve."""
+    from sae_lens_multimodal.cli.steering import describe, place_of, side_by_side
     from sae_lens_multimodal.hooks.steer import steer as run
 
-    changes = parse_changes(options)
+    _take_positional(options)
+    changes = {} if options.target is not None else parse_changes(options)
+    settings = {"tokens": place_of(options), "steps": options.steps, "hook_name": options.hook, "error": options.error}
     model, sae = _model_and_sae(options)
     pictures = [{"type": "image", "image": str(path)} for path in options.image]
     question = [{"role": "user", "content": [*pictures, {"type": "text", "text": options.prompt}]}]
-    steered = run(
-        model, sae, changes, tokens=options.tokens, steps=options.steps, hook_name=options.hook, error=options.error
-    )
+    if options.target is not None:
+        _dose(options, model, sae, question, settings)
+        return
+    steered = run(model, sae, changes, **settings)
     before = model.answer([question], max_new_tokens=options.max_new_tokens)[0]
     after = steered.answer([question], max_new_tokens=options.max_new_tokens)[0]
-    _print(f"before: {before}", f"after:  {after}")
+    _print(*side_by_side(before, after, describe(changes)))
+
+
+def _dose(
+    options: Namespace, model: VisionLanguageModel, sae: SAE[Any], question: list[Any], settings: dict[str, Any]
+) -> None:
+    from sae_lens_multimodal.cli.steering import dose_lines, parse_numbers
+    from sae_lens_multimodal.features.store import FeatureStore
+    from sae_lens_multimodal.hooks.dose import STRENGTHS, dose_response
+    from sae_lens_multimodal.report.dose import build_dose_report
+
+    if options.feature is None:
+        raise ConfigError("--target needs --feature, the feature whose strengths are tried.")
+    curve = dose_response(
+        model,
+        sae,
+        options.feature,
+        [question],
+        options.target,
+        strengths=STRENGTHS if options.dose is None else parse_numbers("dose", options.dose),
+        unit=1.0 if options.store is None else FeatureStore.open(options.store),
+        **settings,
+    )
+    _print(*dose_lines(curve))
+    if options.output is not None:
+        _print(str(build_dose_report([curve], output=options.output)))
+
+
+def _take_positional(options: Namespace) -> None:
+    """Let MODEL and SAE stand for --model and --sae."""
+    options.model, options.sae = options.model or options.model_at, options.sae or options.sae_at
+    if options.model is None or options.sae is None:
+        raise ConfigError("no model or no SAE was given; expected steer MODEL SAE ..., or --model and --sae.")
+
+
+def attribute(options: Namespace) -> None:
+    """Say which features an answer rests on."""
+    from sae_lens_multimodal.cli.attribution import attribution_lines
+    from sae_lens_multimodal.files import write_json
+    from sae_lens_multimodal.hooks.attribute import attribute as run
+    from sae_lens_multimodal.hooks.attribution_check import check_attribution
+    from sae_lens_multimodal.hooks.metrics import ContinuationLogProbability, LogitDifference, Metric
+
+    wanted, unwanted = options.wanted, options.unwanted
+    metric: Metric = ContinuationLogProbability(wanted) if unwanted is None else LogitDifference(wanted, unwanted)
+    model, sae = _model_and_sae(options)
+    pictures = [{"type": "image", "image": str(path)} for path in options.image]
+    question = [{"role": "user", "content": [*pictures, {"type": "text", "text": options.prompt}]}]
+    found = run(
+        model,
+        sae,
+        question,
+        metric,
+        hook_name=options.hook,
+        tokens=options.tokens,
+        method=options.method,
+        n_steps=options.n_steps,
+    )
+    check = check_attribution(model, sae, found, n=options.check, progress=True) if options.check else None
+    _print(*attribution_lines(found, check, options.top))
+    if options.output is not None:
+        write_json(options.output, {**found.to_dict(), "check": None if check is None else check.to_dict()})
 
 
 COMMANDS: dict[str, Callable[[Namespace], None]] = {
     "demo": demo,
     "train": train,
+    "cache": cache,
+    "evaluate": evaluate,
     "harvest": harvest,
     "explain": explain,
     "score": score,
     "report": report,
     "steer": steer,
+    "attribute": attribute,
 }
 
 

@@ -25,11 +25,14 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     _add_demo(commands)
     _add_train(commands)
+    _add_cache(commands)
+    _add_evaluate(commands)
     _add_harvest(commands)
     _add_explain(commands)
     _add_score(commands)
     _add_report(commands)
     _add_steer(commands)
+    _add_attribute(commands)
     return parser
 
 
@@ -50,6 +53,49 @@ def _add_train(commands: Commands[argparse.ArgumentParser]) -> None:
     )
     train.add_argument("config", type=Path, metavar="CONFIG.yaml", help="fields of MultimodalSAERunnerConfig")
     train.add_argument("overrides", nargs=argparse.REMAINDER, metavar="--FIELD VALUE", help="fields to set differently")
+
+
+def _add_cache(commands: Commands[argparse.ArgumentParser]) -> None:
+    cache = commands.add_parser(
+        "cache",
+        help="write the activations that a training run would read, to train from many times",
+        description="Takes the CONFIG.yaml of train, with cached_activations_path: the folder to write. Training with "
+        "--use-cached-activations then reads them in place of the model and the dataset.",
+    )
+    cache.add_argument("config", type=Path, metavar="CONFIG.yaml", help="fields of MultimodalSAERunnerConfig")
+    cache.add_argument("overrides", nargs=argparse.REMAINDER, metavar="--FIELD VALUE", help="fields to set differently")
+
+
+def _add_evaluate(commands: Commands[argparse.ArgumentParser]) -> None:
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="measure an SAE by modality, beside floors, on data it was not trained on",
+        description="Reconstruction, cross-entropy recovered and KL by modality, for the SAE and for floors of the "
+        "same sparsity. Of the dataset it was trained on, the rows that were held out are taken.",
+    )
+    evaluate.add_argument("sae", type=Path, metavar="SAE", help="folder of an SAE-Lens SAE")
+    evaluate.add_argument("dataset", nargs="?", metavar="DATASET", help="hub name, folder or file (default: its own)")
+    evaluate.add_argument("--model", help="hub name or folder (default: the one the SAE names)")
+    evaluate.add_argument("--hook", help="where the SAE reads (default: what its metadata say)")
+    evaluate.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, … (default: %(default)s)")
+    evaluate.add_argument("--dtype", help="float32, bfloat16, … (default: the checkpoint's)")
+    evaluate.add_argument("--split", default="train", help="split of the dataset (default: %(default)s)")
+    evaluate.add_argument("--subset", help="configuration of a hub dataset that has several")
+    evaluate.add_argument("--image-folder", help="where relative picture paths in the dataset begin")
+    evaluate.add_argument("--max-prompts", type=int, default=256, help="prompts to measure (default: %(default)s)")
+    evaluate.add_argument(
+        "--loss-prompts", type=int, default=64, help="prompts to measure losses on (default: %(default)s; 0: none)"
+    )
+    evaluate.add_argument(
+        "--floors", nargs="*", default=["random", "pca", "neurons"], metavar="FLOOR", help="random, pca, neurons"
+    )
+    evaluate.add_argument("--batch-size", type=int, default=8, help="prompts a forward pass (default: %(default)s)")
+    evaluate.add_argument("--context-size", type=int, help="leave out prompts of more tokens")
+    evaluate.add_argument(
+        "--scenes", type=int, default=0, metavar="N", help="of the tiny model: also compare with the truth of N scenes"
+    )
+    evaluate.add_argument("--output", type=Path, help="folder for evaluation.json and features.parquet")
+    evaluate.add_argument("--seed", type=int, default=0)
 
 
 def _add_harvest(commands: Commands[argparse.ArgumentParser]) -> None:
@@ -95,22 +141,50 @@ def _add_report(commands: Commands[argparse.ArgumentParser]) -> None:
 
 def _add_steer(commands: Commands[argparse.ArgumentParser]) -> None:
     steer = commands.add_parser("steer", help="ask a question with and without steered features")
-    _add_model(steer)
+    steer.add_argument("model_at", nargs="?", metavar="MODEL", help="the same as --model")
+    steer.add_argument("sae_at", nargs="?", type=Path, metavar="SAE", help="the same as --sae")
+    _add_model(steer, required=False)
     steer.add_argument("--image", type=Path, action="append", default=[], help="a picture (repeat for several)")
     steer.add_argument("--prompt", required=True, help="the question")
+    steer.add_argument("--feature", type=int, metavar="F", help="the feature that is meant where only X is given")
     steer.add_argument("--set", action="append", default=[], metavar="F=X", help="set feature F to X")
     steer.add_argument("--add", action="append", default=[], metavar="F=X", help="add X to feature F")
     steer.add_argument("--scale", action="append", default=[], metavar="F=X", help="multiply feature F by X")
-    steer.add_argument("--ablate", action="append", default=[], metavar="F", help="set feature F to zero")
+    steer.add_argument(
+        "--ablate", action="append", nargs="?", const="", default=[], metavar="F", help="set feature F to zero"
+    )
     steer.add_argument("--tokens", choices=("all", "image", "text", "last"), default="all")
+    steer.add_argument("--picture", type=int, metavar="N", help="only the tokens of the N-th picture, from 0")
+    steer.add_argument("--box", metavar="X0,Y0,X1,Y1", help="only the tokens in a box of the picture, in its pixels")
     steer.add_argument("--steps", choices=("all", "prefill", "decoding"), default="all")
     steer.add_argument("--error", choices=("keep", "drop"), default="keep", help="what becomes of the SAE's error")
     steer.add_argument("--max-new-tokens", type=int, default=64)
+    steer.add_argument("--target", help="measure how likely this answer becomes as --feature is set ever higher")
+    steer.add_argument("--dose", metavar="X,X,...", help="the strengths to try (default: sixteen from 0 to 10)")
+    steer.add_argument("--store", type=Path, help="feature store: strengths count in the feature's 99th percentile")
+    steer.add_argument("--output", type=Path, help="folder for a page with the dose curve")
 
 
-def _add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, help="hub name or folder of a vision-language model")
-    parser.add_argument("--sae", type=Path, required=True, help="folder of an SAE-Lens SAE")
+def _add_attribute(commands: Commands[argparse.ArgumentParser]) -> None:
+    attribute = commands.add_parser("attribute", help="which features and tokens an answer rests on")
+    _add_model(attribute)
+    attribute.add_argument("--image", type=Path, action="append", default=[], help="a picture (repeat for several)")
+    attribute.add_argument("--prompt", required=True, help="the question")
+    attribute.add_argument("--wanted", required=True, help="the answer whose logit or log-probability is taken apart")
+    attribute.add_argument("--unwanted", help="another answer: then the difference of the two logits is")
+    attribute.add_argument("--tokens", choices=("all", "image", "text", "last"), default="all")
+    attribute.add_argument(
+        "--method", choices=("gradient", "grouped_gradients", "integrated_gradients"), default="gradient"
+    )
+    attribute.add_argument("--n-steps", type=int, default=8, help="groups or points (default: %(default)s)")
+    attribute.add_argument("--top", type=int, default=10, help="features and nodes shown (default: %(default)s)")
+    attribute.add_argument("--check", type=int, default=0, metavar="N", help="ablate the top N nodes for real")
+    attribute.add_argument("--output", type=Path, help="also write everything to this JSON file")
+
+
+def _add_model(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
+    parser.add_argument("--model", required=required, help="hub name or folder of a vision-language model")
+    parser.add_argument("--sae", type=Path, required=required, help="folder of an SAE-Lens SAE")
     parser.add_argument("--hook", help="where the SAE reads (default: what its metadata say)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, … (default: %(default)s)")
     parser.add_argument("--dtype", help="float32, bfloat16, … (default: the checkpoint's)")

@@ -36,16 +36,20 @@ def parse_changes(options: Namespace) -> dict[int, Change]:
     """Read what `--set`, `--add`, `--scale` and `--ablate` ask for.
 
     Raises:
-        ConfigError: nothing is asked for, a feature is named twice, or a part is not FEATURE=NUMBER.
+        ConfigError: nothing is asked for, a feature is named twice, or a part is not FEATURE=NUMBER (or a number, where
+            `--feature` says which is meant).
     """
     from sae_lens_multimodal.hooks.changes import Ablate, Add, Scale, Set
 
     changes: dict[int, Change] = {}
+    meant = getattr(options, "feature", None)
     for flag, kind in (("set", Set), ("add", Add), ("scale", Scale)):
         for text in getattr(options, flag):
-            feature, value = _feature_and_value(flag, text)
+            whole = text if meant is None or "=" in text else f"{meant}={text}"
+            feature, value = _feature_and_value(flag, whole)
             _put(changes, feature, kind(value))
-    for text in options.ablate:
+    for given in options.ablate:
+        text = str(meant) if not given and meant is not None else given
         if not text.isdecimal():
             raise ConfigError(f"--ablate got {text!r}; expected the number of a feature.")
         _put(changes, int(text), Ablate())

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from sae_lens_multimodal.data.columns import (
+    ANSWER_COLUMNS,
+    IMAGE_COLUMNS,
+    MESSAGE_COLUMNS,
+    NESTED_COLUMN,
+    QUESTION_COLUMNS,
+    TEXT_COLUMNS,
+    USABLE_COLUMNS,
+    check_columns,
+)
 from sae_lens_multimodal.data.parts import (
     fill_pictures,
     image_part,
@@ -19,21 +28,10 @@ from sae_lens_multimodal.data.parts import (
     text_part,
 )
 from sae_lens_multimodal.data.pictures import open_picture
-from sae_lens_multimodal.errors import DatasetError, PromptError
+from sae_lens_multimodal.data.skips import SkipReport
+from sae_lens_multimodal.errors import PromptError
 
-MESSAGE_COLUMNS = ("messages", "conversations", "conversation")
-"""Columns that hold a list of chat messages."""
-IMAGE_COLUMNS = ("image", "images", "img", "picture", "jpg", "jpeg", "png", "webp")
-"""Columns that hold a picture or a list of pictures."""
-TEXT_COLUMNS = ("text", "texts", "caption", "captions", "txt")
-"""Columns that hold text beside a picture, or text alone."""
-QUESTION_COLUMNS = ("question", "query", "prompt")
-"""Columns that hold a question about the picture."""
-ANSWER_COLUMNS = ("answer", "answers", "response")
-"""Columns that hold the answer to the question."""
-
-USABLE_COLUMNS = (*MESSAGE_COLUMNS, *IMAGE_COLUMNS, *TEXT_COLUMNS, *QUESTION_COLUMNS)
-_EXAMPLES_PER_REASON = 5
+__all__ = ["Prompt", "SkipReport", "check_columns", "row_to_prompt"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +46,10 @@ class Prompt:
     """The index of the row in its dataset, counted from the dataset's beginning."""
     extras: dict[str, Any] = field(default_factory=dict)
     """The columns that are neither picture nor text of the prompt, such as an id."""
+    dataset: str | None = None
+    """Of a mixture, the member that the row is from; `row` then counts the rows of the mixture."""
+    number: int | None = None
+    """The index of the row where it is from, if it was read in another order; None if that is `row`."""
 
     @property
     def text(self) -> str:
@@ -58,96 +60,27 @@ class Prompt:
         )
 
 
-@dataclass
-class SkipReport:
-    """How many rows were read, kept and skipped, and why."""
-
-    read: int = 0
-    """Rows read."""
-    reasons: Counter[str] = field(default_factory=Counter)
-    """Rows skipped, by reason."""
-    examples: dict[str, list[tuple[int, str]]] = field(default_factory=dict)
-    """For each reason, the first few rows it met: index and message."""
-
-    @property
-    def skipped(self) -> int:
-        """Rows skipped in all."""
-        return self.reasons.total()
-
-    @property
-    def kept(self) -> int:
-        """Rows that became prompts."""
-        return self.read - self.skipped
-
-    def skip(self, reason: str, row: int, detail: str) -> None:
-        """Count a row as skipped."""
-        self.reasons[reason] += 1
-        examples = self.examples.setdefault(reason, [])
-        if len(examples) < _EXAMPLES_PER_REASON:
-            examples.append((row, detail))
-
-    def summary(self) -> str:
-        """One line for people.
-
-        Example:
-            >>> report = SkipReport(read=3)
-            >>> report.skip("picture cannot be opened", 1, "truncated")
-            >>> report.summary()
-            '3 rows read, 2 kept, 1 skipped: 1 picture cannot be opened (first: row 1, truncated)'
-        """
-        head = f"{self.read} rows read, {self.kept} kept, {self.skipped} skipped"
-        if not self.reasons:
-            return head
-        reasons = []
-        for reason, count in self.reasons.most_common():
-            row, detail = self.examples[reason][0]
-            reasons.append(f"{count} {reason} (first: row {row}, {detail})")
-        return f"{head}: {'; '.join(reasons)}"
-
-    def to_dict(self) -> dict[str, Any]:
-        """The counts and examples as JSON values, for a manifest."""
-        return {
-            "read": self.read,
-            "kept": self.kept,
-            "skipped": self.skipped,
-            "reasons": dict(self.reasons),
-            "examples": {reason: [list(one) for one in examples] for reason, examples in self.examples.items()},
-        }
-
-
-def check_columns(columns: Iterable[str]) -> None:
-    """Refuse a dataset none of whose columns can be used.
-
-    Raises:
-        DatasetError: naming the columns found and those that would do.
-    """
-    found = sorted(map(str, columns))
-    if not set(found) & set(USABLE_COLUMNS):
-        raise DatasetError(
-            f"Found the columns {', '.join(found) or '(none)'}, none of which can be used; expected chat messages in "
-            f"{_spell(MESSAGE_COLUMNS)}, pictures in {_spell(IMAGE_COLUMNS)}, or text in {_spell(TEXT_COLUMNS)}. "
-            "Rename a column with dataset.rename_column(...)."
-        )
-
-
-def row_to_prompt(row: Mapping[str, Any], *, index: int = 0, image_folder: Path | None = None) -> Prompt:
+def row_to_prompt(
+    row: Mapping[str, Any], *, index: int = 0, image_folder: Path | None = None, dataset: str | None = None
+) -> Prompt:
     """Turn one row into a prompt, its pictures opened.
 
     The first of these shapes that the row has is taken: `messages` or `conversations` (with `image` or `images`
     columns for their picture places), `images` and `texts` interleaved, `question` and `answer`, `image` with `text`
-    or `caption`, either of them alone.
+    or `caption`, either of them alone. What a webdataset keeps in its `json` files counts as columns of the row.
 
     Args:
         row: The row; keys that are None count as absent.
         index: The row's index in its dataset.
         image_folder: Where relative picture paths begin; the working folder if None.
+        dataset: The member of a mixture that the row is from.
 
     Raises:
         DatasetError: no column of the row can be used.
         PromptError: pictures and places do not match, or a message has no usable shape.
         ImageError: a picture cannot be opened.
     """
-    given = {str(key): value for key, value in row.items() if not _is_empty(value)}
+    given = {str(key): value for key, value in _flat(row).items() if not _is_empty(value)}
     pictures = [picture for key in IMAGE_COLUMNS if key in given for picture in _as_list(given[key])]
     for columns, build in _SHAPES:
         present = [key for key in columns if key in given]
@@ -164,7 +97,14 @@ def row_to_prompt(row: Mapping[str, Any], *, index: int = 0, image_folder: Path 
                 part["image"] = open_picture(part["image"], folder=image_folder)
                 images.append(part["image"])
     extras = {key: value for key, value in given.items() if key not in USABLE_COLUMNS and key not in ANSWER_COLUMNS}
-    return Prompt(messages=messages, images=images, row=index, extras=extras)
+    return Prompt(messages=messages, images=images, row=index, extras=extras, dataset=dataset)
+
+
+def _flat(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    nested = row.get(NESTED_COLUMN)
+    if not isinstance(nested, Mapping):
+        return row
+    return {**nested, **{key: value for key, value in row.items() if key != NESTED_COLUMN}}
 
 
 def _from_messages(given: Mapping[str, Any], key: str, pictures: list[Any]) -> list[dict[str, Any]]:
@@ -178,7 +118,8 @@ def _from_texts(given: Mapping[str, Any], key: str, pictures: list[Any]) -> list
     if any(isinstance(text, Mapping) for text in texts):
         return fill_pictures(_from_turns(texts), _present(pictures))
     if not pictures:
-        return _from_image_and_text(given, key, pictures)
+        # Several texts without any picture column are a document in pieces, as OBELICS keeps one.
+        return [message("user", _text_parts(texts))]
     if len(texts) != len(pictures):
         if len(pictures) > 1 and len(texts) > 1:
             raise PromptError(
@@ -188,10 +129,18 @@ def _from_texts(given: Mapping[str, Any], key: str, pictures: list[Any]) -> list
     parts = []
     for text, picture in zip(texts, pictures, strict=True):
         parts += [image_part(picture)] if picture is not None else []
-        parts += [text_part(text)] if text else []
+        parts += _text_parts([text])
     if not parts:
         raise PromptError("Got interleaved lists of nothing but empty entries; expected a picture or text.")
     return [message("user", parts)]
+
+
+def _text_parts(texts: Sequence[Any]) -> list[dict[str, Any]]:
+    present = [text for text in texts if text]
+    wrong = next((text for text in present if not isinstance(text, str)), None)
+    if wrong is not None:
+        raise PromptError(f"Got text of type {type(wrong).__name__}; expected a string or a list of strings.")
+    return [text_part(text) for text in present]
 
 
 def _from_turns(turns: Sequence[Any]) -> list[dict[str, Any]]:
@@ -254,7 +203,3 @@ def _first_text(value: object) -> str:
     if not isinstance(first, str):
         raise PromptError(f"Got text of type {type(first).__name__}; expected a string or a list of strings.")
     return first
-
-
-def _spell(columns: Sequence[str]) -> str:
-    return " / ".join(columns)

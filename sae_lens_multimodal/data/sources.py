@@ -21,7 +21,9 @@ _BUILDERS = {
     ".csv": "csv",
     ".arrow": "arrow",
     ".tar": "webdataset",
+    ".tgz": "webdataset",
 }
+_COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst", ".lz4")
 _SAVED_MARKS = ("state.json", "dataset_dict.json")
 
 
@@ -35,10 +37,13 @@ def open_dataset(
     """Open a dataset of prompts.
 
     Args:
-        source: A name on the hub; a folder written by `save_to_disk`, of pictures, or of data files; a Parquet, JSON,
-            JSON lines, CSV, Arrow or webdataset file; a datasets object; or a plain list of rows.
+        source: A name on the hub; a folder written by `save_to_disk`, of pictures (`imagefolder`, with or without a
+            `metadata.jsonl`), of webdataset shards or of other data files; a Parquet, JSON, JSON lines, CSV, Arrow or
+            webdataset file, also compressed; a pattern of such files (`shards/*.tar`); an address of one that fsspec
+            understands (`hf://`, `https://`, `s3://`); a datasets object; or a plain list of rows.
         split: The split to take, where there are several.
-        streaming: Whether to read the hub and data files as they are needed, without preparing a local copy.
+        streaming: Whether to read the hub and data files as they are needed, without preparing a local copy. Folders
+            written by `save_to_disk` are always read from where they are, and keep their length.
         subset: The configuration of a hub dataset that has several.
 
     Raises:
@@ -74,7 +79,9 @@ def _open_path(source: str | Path, *, split: str, streaming: bool, subset: str |
             saved = datasets.load_from_disk(str(path))
             return _take_split(saved, split) if isinstance(saved, datasets.DatasetDict) else saved
         if path.is_file():
-            return _open_file(path, streaming=streaming)
+            return _open_files(str(path), streaming=streaming)
+        if not path.exists() and _is_pattern_or_address(str(source)):
+            return _open_files(str(source if "://" in str(source) else path), streaming=streaming)
         if not path.exists() and _looks_like_path(source):
             raise DatasetError(f"{source} does not exist; expected a dataset file or folder there, or a hub name.")
         name = str(path) if path.exists() else str(source)
@@ -85,16 +92,28 @@ def _open_path(source: str | Path, *, split: str, streaming: bool, subset: str |
         raise DatasetError(f"The dataset {source} cannot be opened ({_one_line(error)}).") from error
 
 
-def _open_file(path: Path, *, streaming: bool) -> Rows:
-    suffix = path.suffix.lower()
+def _open_files(files: str, *, streaming: bool) -> Rows:
+    suffix = _suffix(files)
     if suffix not in _BUILDERS:
-        raise DatasetError(f"Got the file {path}; expected one of {', '.join(_BUILDERS)}, a folder or a hub name.")
-    return datasets.load_dataset(_BUILDERS[suffix], data_files=str(path), split="train", streaming=streaming)
+        raise DatasetError(f"Got the file {files}; expected one of {', '.join(_BUILDERS)}, a folder or a hub name.")
+    return datasets.load_dataset(_BUILDERS[suffix], data_files=files, split="train", streaming=streaming)
+
+
+def _suffix(files: str) -> str:
+    """What a file is, compression left aside."""
+    suffixes = [suffix.lower() for suffix in Path(files).suffixes]
+    while len(suffixes) > 1 and suffixes[-1] in _COMPRESSIONS:
+        suffixes.pop()
+    return suffixes[-1] if suffixes else ""
+
+
+def _is_pattern_or_address(source: str) -> bool:
+    return "://" in source or any(mark in source for mark in "*?[")
 
 
 def _looks_like_path(source: str | Path) -> bool:
     text = str(source)
-    return isinstance(source, Path) or text.startswith((".", "/", "~")) or Path(text).suffix.lower() in _BUILDERS
+    return isinstance(source, Path) or text.startswith((".", "/", "~")) or _suffix(text) in _BUILDERS
 
 
 def _take_split(splits: Mapping[str, Rows], split: str) -> Rows:

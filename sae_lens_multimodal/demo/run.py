@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -19,6 +19,7 @@ from sae_lens_multimodal.autointerp.explanation import Explanation
 from sae_lens_multimodal.autointerp.judges import CachedJudge, Judge, TransformersJudge
 from sae_lens_multimodal.autointerp.results import Score, read_verdicts, summarise
 from sae_lens_multimodal.autointerp.score import score
+from sae_lens_multimodal.data.batches import encoded_batches
 from sae_lens_multimodal.data.stream import read_prompts
 from sae_lens_multimodal.demo.naming import naming_shares
 from sae_lens_multimodal.demo.settings import DemoSettings
@@ -31,13 +32,17 @@ from sae_lens_multimodal.files import MANIFEST_NAME, read_manifest, write_json, 
 from sae_lens_multimodal.hooks.effects import top_output_tokens
 from sae_lens_multimodal.report.build import build_report
 from sae_lens_multimodal.report.records import OutputToken
+from sae_lens_multimodal.scenes.cross_modal import cross_modal_truth
 from sae_lens_multimodal.scenes.folder import model_folder
 from sae_lens_multimodal.scenes.prompt_book import scenes_prompt_book
 from sae_lens_multimodal.scenes.rows import scene_rows, scenes_dataset
-from sae_lens_multimodal.scenes.truth import Truth, fit_features
+from sae_lens_multimodal.scenes.truth import Truth, fit_several
+from sae_lens_multimodal.scenes.truth_tables import truth_summary
 from sae_lens_multimodal.training.config import MultimodalSAERunnerConfig
 from sae_lens_multimodal.training.evaluate import evaluate_reconstruction
+from sae_lens_multimodal.training.floors import TokenMoments, build_floors
 from sae_lens_multimodal.training.runner import MultimodalSAETrainingRunner
+from sae_lens_multimodal.training.tokens import TokenChoice, read_tokens
 
 DEMO_KIND, SCHEMA_VERSION = "demo", 1
 TRAINING_ROWS = 1_000_000
@@ -76,7 +81,8 @@ def run_demo(
     with _step("3/7 harvesting what every feature responds to", seconds, "harvest", say):
         store = _harvest(model, sae, settings, output / "features")
     with _step("4/7 comparing the features with the scenes' masks and words", seconds, "truth", say):
-        truth = _fit(model, sae, settings)
+        truths = _fit(model, sae, settings)
+        truth = truths["sae"].only_attributes()
     with _step("5/7 explaining features and scoring the explanations", seconds, "autointerp", say):
         judge = CachedJudge(TransformersJudge(model, batch_size=settings.batch_size), output / "answers.sqlite")
         explanations = _explain(store, judge, settings, output / "explanations")
@@ -85,7 +91,7 @@ def run_demo(
         steering = steer_features(model, sae, store, truth, n_scenes=settings.steered_scenes, seed=settings.seed)
     metrics: dict[str, Any] = {
         "reconstruction": reconstruction,
-        "truth": _truth_metrics(truth),
+        "truth": _truth_metrics(truths),
         "naming": naming_shares(truth, explanations),
         "scores": [one.to_json() for one in summarise(scores, seed=settings.seed)],
         "steering": steering.to_json(),
@@ -168,9 +174,15 @@ def _harvest(model: VisionLanguageModel, sae: SAE[Any], settings: DemoSettings, 
     )
 
 
-def _fit(model: VisionLanguageModel, sae: SAE[Any], settings: DemoSettings) -> Truth:
+def _fit(model: VisionLanguageModel, sae: SAE[Any], settings: DemoSettings) -> dict[str, Truth]:
+    """Compare the SAE and floors of the same sparsity, which are fitted to scenes of their own, with the truth."""
+    fitting = read_prompts(list(scene_rows(_data_seed(settings, 5), settings.truth_prompts // 3, kinds=TRAINING_KINDS)))
+    batches = encoded_batches(model, fitting, batch_size=settings.batch_size)
+    read = (read_tokens(model, one.batch, settings.hook_name, TokenChoice()) for one in batches)
+    floors = build_floors(sae, TokenMoments.of(read), seed=settings.seed)
     rows = scene_rows(_data_seed(settings, 4), settings.truth_prompts, kinds=("scene", "text"))
-    return fit_features(model, sae, rows, hook_name=settings.hook_name, batch_size=settings.batch_size)
+    saes = {"sae": sae, **floors}
+    return fit_several(model, saes, rows, hook_name=settings.hook_name, batch_size=settings.batch_size)
 
 
 def _explain(store: FeatureStore, judge: Judge, settings: DemoSettings, output: Path) -> list[Explanation]:
@@ -194,18 +206,11 @@ def _score(
     return score(store, judge, explanations, output=output, prompts=scenes_prompt_book(), seed=settings.seed)
 
 
-def _truth_metrics(truth: Truth) -> dict[str, Any]:
-    clear = [fit for fit in truth.features if fit.is_clear]
+def _truth_metrics(truths: Mapping[str, Truth]) -> dict[str, Any]:
+    cross_modal = cross_modal_truth(truths["sae"])
     return {
-        "live": len(truth.features),
-        "clear": len(clear),
-        "best_precision": {
-            modality.name.lower(): {
-                kind: round(float(np.mean(list(truth.best_by_value(modality, kind).values()))), 4)
-                for kind in ("colour", "shape", "texture", "glyph")
-            }
-            for modality in truth.precisions
-        },
+        **{name: truth_summary(truth) for name, truth in truths.items()},
+        "cross_modal": [str(concept) for _, concept in cross_modal.found],
     }
 
 

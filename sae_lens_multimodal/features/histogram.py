@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Float, Float64, Int, Int64
 from torch import Tensor
 
+from sae_lens_multimodal.training.metrics import modality_score as modality_score
+
 LOWEST_EXPONENT: Final = -12
 HIGHEST_EXPONENT: Final = 12
 BINS_PER_OCTAVE: Final = 2
@@ -49,20 +51,3 @@ def quantile_of_histogram(
     share = (wanted - cumulated[index]) / max(int(counts[index]), 1)
     low, high = np.log2(edges[index]), np.log2(edges[index + 1])
     return float(np.exp2(low + share * (high - low)))
-
-
-def modality_score(
-    mean_image: Float[np.ndarray, "*shape"], mean_text: Float[np.ndarray, "*shape"]
-) -> Float64[np.ndarray, "*shape"]:
-    """How visual a feature is: E_img[z] / (E_img[z] + E_txt[z]) over per-token means; NaN where it never fires.
-
-    1 fires on image tokens only, 0 on text tokens only. The measure is that of "Sparse Autoencoders Learn Monosemantic
-    Features in Vision-Language Models" and others after it.
-
-    >>> modality_score(np.array([3.0, 0.0, 0.0]), np.array([1.0, 2.0, 0.0])).tolist()
-    [0.75, 0.0, nan]
-    """
-    image, text = np.asarray(mean_image, dtype=np.float64), np.asarray(mean_text, dtype=np.float64)
-    total = image + text
-    score: Float64[np.ndarray, "*shape"] = np.divide(image, total, out=np.full(total.shape, np.nan), where=total > 0)
-    return score

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TypeAlias, assert_never
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae_lens_multimodal.errors import ConfigError
@@ -68,6 +68,81 @@ def _strength(change: Change) -> float:
             return factor
         case Ablate():
             return 0.0
+        case _:
+            assert_never(change)
+
+
+FeatureChanges: TypeAlias = "Mapping[int, Change] | Sequence[Mapping[int, Change]]"
+"""What to do to which feature; in a list, one for each row of the batch."""
+
+
+def row_changes(changes: FeatureChanges) -> tuple[Mapping[int, Change], ...]:
+    """Return the changes of each row; one for all rows where they are not told apart.
+
+    Raises:
+        ConfigError: they are neither a mapping nor mappings.
+    """
+    rows = (changes,) if isinstance(changes, Mapping) else changes
+    if isinstance(rows, str) or not isinstance(rows, Sequence) or not rows:
+        raise ConfigError(
+            f"Got changes {changes!r}; expected {{feature: change}}, or a list with one such mapping for each row."
+        )
+    for row in rows:
+        if not isinstance(row, Mapping):
+            raise ConfigError(f"Got {row!r} as the changes of a row; expected {{feature: change}}.")
+    return tuple(rows)
+
+
+@dataclass(frozen=True)
+class RowTable:
+    """Changes that differ by row, as z' - z = slope * z + offset: one number for each row and feature."""
+
+    features: tuple[int, ...]
+    """Every feature that any row changes."""
+    slope: Float[Tensor, "rows features"]
+    offset: Float[Tensor, "rows features"]
+
+    @classmethod
+    def of(cls, rows: Sequence[Mapping[int, Change]]) -> RowTable:
+        """Write changes as numbers.
+
+        Example:
+            >>> table = RowTable.of([{5: Set(8.0)}, {7: Scale(3.0)}])
+            >>> table.features, table.slope.tolist(), table.offset.tolist()
+            ((5, 7), [[-1.0, 0.0], [0.0, 2.0]], [[8.0, 0.0], [0.0, 0.0]])
+        """
+        features = tuple(dict.fromkeys(feature for row in rows for feature in row))
+        pairs = [[_line(row.get(feature)) for feature in features] for row in rows]
+        numbers = torch.tensor(pairs, dtype=torch.float64).reshape(len(rows), len(features), 2)
+        return cls(features, numbers[..., 0], numbers[..., 1])
+
+    @property
+    def needs_encoding(self) -> bool:
+        """Whether the changes depend on the features' activations."""
+        return bool(self.slope.any())
+
+    def deltas(
+        self, encoded: Float[Tensor, "tokens features"], rows: Int[Tensor, " tokens"]
+    ) -> Float[Tensor, "tokens features"]:
+        """How much each feature's activation changes at each token, which belongs to one of the rows."""
+        slope, offset = (
+            table.to(encoded.device, encoded.dtype)[rows.to(encoded.device)] for table in (self.slope, self.offset)
+        )
+        return slope * encoded + offset
+
+
+def _line(change: Change | None) -> tuple[float, float]:
+    match change:
+        case None:
+            return 0.0, 0.0
+        case Set(value):
+            return -1.0, float(value)
+        case Add(value):
+            return 0.0, float(value)
+        case Scale(factor):
+            return factor - 1.0, 0.0
+        case Ablate():
+            return -1.0, 0.0
         case _:
             assert_never(change)
 

@@ -16,6 +16,7 @@ from sae_lens_multimodal.adapters.family import Family
 from sae_lens_multimodal.adapters.layout import TokenLayout
 from sae_lens_multimodal.adapters.model import VisionLanguageModel
 from sae_lens_multimodal.errors import LayoutError, SelectionError
+from sae_lens_multimodal.hooks.places import BoxTokens, ImageTokens
 
 TokenName: TypeAlias = Literal["all", "image", "text", "last"]
 """`all` but padding; `image` patches; ordinary `text`; the `last` token of each row that is not padding."""
@@ -23,13 +24,17 @@ TokenName: TypeAlias = Literal["all", "image", "text", "last"]
 StepName: TypeAlias = Literal["all", "prefill", "decoding"]
 """Every forward pass; the first, over the prompt; those after it, over generated tokens."""
 
+Steps: TypeAlias = "StepName | range"
+"""Forward passes by name or by number: 0 is the prompt's, n the one that reads the n-th generated token."""
+
 LayoutMask: TypeAlias = Callable[[TokenLayout], Bool[Tensor, "batch seq"]]
 """A function from the layout of a forward pass to the positions meant."""
 
 Tokens: TypeAlias = (
-    "TokenName | Bool[Tensor, 'batch seq'] | Bool[Tensor, ' seq'] | Int[Tensor, ' n'] | Sequence[int] | LayoutMask"
+    "TokenName | ImageTokens | BoxTokens | Bool[Tensor, 'batch seq'] | Bool[Tensor, ' seq'] | Int[Tensor, ' n']"
+    " | Sequence[int] | LayoutMask"
 )
-"""A choice of tokens: by name, by mask, by position in the row, or by a function of the layout."""
+"""A choice of tokens: by name, by picture or box, by mask, by position in the row, or by a function of the layout."""
 
 
 @dataclass(frozen=True)
@@ -56,15 +61,25 @@ class ForwardPass:
         `generate` runs the vision tower by itself and does not tell the model how large the pictures are, so that is
         taken from what the run was given.
         """
-        given = [{**_mapping(args), **kwargs} for args, kwargs in model.interleaver.batcher.invokes]
-        sizes = [
-            (int(width), int(height))
-            for one in given
-            if one.get("image_sizes") is not None
-            for height, width in torch.as_tensor(one["image_sizes"]).tolist()
-        ]
         _, inputs = model.inputs
-        forward = cls(inputs, step, sizes, n_prompts=model.interleaver.batcher.total)
+        return cls.of(model, inputs, step, prompt_tokens)
+
+    @classmethod
+    def of(
+        cls, model: VisionLanguageModel, inputs: Mapping[str, Any], step: int, prompt_tokens: int = 0
+    ) -> ForwardPass:
+        """Describe a pass of the run that the model is in by the pass's inputs; see `current`."""
+        batcher = model.interleaver.batcher
+        sizes: list[tuple[int, int]] = []
+        if step == 0 or _reads_all(inputs, prompt_tokens + step):
+            given = [{**_mapping(args), **kwargs} for args, kwargs in batcher.invokes]
+            sizes = [
+                (int(width), int(height))
+                for one in given
+                if one.get("image_sizes") is not None
+                for height, width in torch.as_tensor(one["image_sizes"]).tolist()
+            ]
+        forward = cls(inputs, step, sizes, n_prompts=batcher.total)
         return replace(forward, prompt_tokens=_shape(forward)[1] if step == 0 else prompt_tokens)
 
     def parts(self) -> list[ForwardPass]:
@@ -94,34 +109,43 @@ def _mapping(args: Sequence[Any]) -> Mapping[str, Any]:
     return args[0] if args and isinstance(args[0], Mapping) else {}
 
 
+def _reads_all(inputs: Mapping[str, Any], length: int) -> bool:
+    """Whether a pass reads the prompt again, as all do without a cache."""
+    tokens = next((inputs[name] for name in _TOKENS if inputs.get(name) is not None), None)
+    return tokens is not None and tokens.shape[1] >= length
+
+
 @dataclass(frozen=True)
 class TokenSelection:
     """A checked choice of tokens and steps."""
 
-    tokens: TokenName | Tensor | LayoutMask
+    tokens: TokenName | ImageTokens | BoxTokens | Tensor | LayoutMask
     """As chosen; positions and masks as tensors."""
-    steps: StepName
+    steps: Steps
     """As chosen."""
     family: Family
     """Knows which tokens are pictures'."""
 
     @classmethod
-    def check(cls, tokens: Tokens, steps: StepName, family: Family) -> TokenSelection:
+    def check(cls, tokens: Tokens, steps: Steps, family: Family) -> TokenSelection:
         """Check a choice as far as it can be without a prompt.
 
         Raises:
             SelectionError: it is none of the known kinds, or can select nothing.
         """
-        if steps not in get_args(StepName):
-            raise SelectionError(f"Got steps={steps!r}; expected one of {', '.join(get_args(StepName))}.")
-        if isinstance(tokens, str):
-            if tokens not in get_args(TokenName):
+        _check_steps(steps)
+        if isinstance(tokens, str) and tokens not in get_args(TokenName):
+            raise SelectionError(
+                f"Got tokens={tokens!r}; expected one of {', '.join(get_args(TokenName))}, ImageTokens, BoxTokens, a "
+                "mask, positions or a function of the layout."
+            )
+        if isinstance(tokens, str | ImageTokens | BoxTokens):
+            if isinstance(tokens, ImageTokens | BoxTokens):
+                tokens.check()
+            if tokens not in _WHILE_DECODING and not _includes(steps, 0):
                 raise SelectionError(
-                    f"Got tokens={tokens!r}; expected one of {', '.join(get_args(TokenName))}, a mask, positions or a "
-                    "function of the layout."
+                    f"Got tokens={tokens!r} with steps={steps!r}; generated tokens are never a picture's."
                 )
-            if tokens == "image" and steps == "decoding":
-                raise SelectionError("Got tokens='image' with steps='decoding'; generated tokens are never picture's.")
             return cls(tokens, steps, family)
         if callable(tokens):
             return cls(tokens, steps, family)
@@ -147,10 +171,12 @@ class TokenSelection:
 
     def _mask(self, forward: ForwardPass) -> Bool[Tensor, "batch seq"] | None:
         prefill = forward.step == 0
-        if (self.steps == "prefill" and not prefill) or (self.steps == "decoding" and prefill):
+        if not _includes(self.steps, forward.step):
             return None
         if isinstance(self.tokens, Tensor):
             return _fitted(self.tokens, forward) if prefill else None
+        if isinstance(self.tokens, ImageTokens | BoxTokens):
+            return self.tokens.mask(layout_of(self.family, forward)) if prefill else None
         if callable(self.tokens):
             return _checked_mask(self.tokens(layout_of(self.family, forward)), forward)
         match self.tokens:
@@ -164,6 +190,35 @@ class TokenSelection:
                 return layout_of(self.family, forward).is_text
             case _:
                 assert_never(self.tokens)
+
+
+_WHILE_DECODING = ("all", "text", "last")
+"""Choices that can mean generated tokens."""
+
+
+def _includes(steps: Steps, step: int) -> bool:
+    """Whether a choice of steps means a forward pass, by its number."""
+    if isinstance(steps, range):
+        return step in steps
+    match steps:
+        case "all":
+            return True
+        case "prefill":
+            return step == 0
+        case "decoding":
+            return step > 0
+        case _:
+            assert_never(steps)
+
+
+def _check_steps(steps: object) -> None:
+    if isinstance(steps, range):
+        if not steps or min(steps) < 0:
+            raise SelectionError(
+                f"Got steps={steps!r}; expected a range that is not empty and starts at 0 (the prompt) or later."
+            )
+    elif steps not in get_args(StepName):
+        raise SelectionError(f"Got steps={steps!r}; expected one of {', '.join(get_args(StepName))}, or a range.")
 
 
 def layout_of(family: Family, forward: ForwardPass) -> TokenLayout:
@@ -215,7 +270,7 @@ class _Sized:
     size: tuple[int, int]
 
 
-def _as_tensor(tokens: Tensor | Sequence[int], steps: StepName) -> Tensor:
+def _as_tensor(tokens: Tensor | Sequence[int], steps: Steps) -> Tensor:
     try:
         chosen = torch.as_tensor(tokens)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -231,9 +286,9 @@ def _as_tensor(tokens: Tensor | Sequence[int], steps: StepName) -> Tensor:
         )
     if chosen.dtype == torch.bool and chosen.dim() not in (1, 2):
         raise SelectionError(f"Got a mask of shape {tuple(chosen.shape)}; expected [batch, seq] or [seq].")
-    if steps == "decoding":
+    if not _includes(steps, 0):
         raise SelectionError(
-            "Got a mask or positions with steps='decoding'; they are about the prompt. Use steps='prefill'."
+            f"Got a mask or positions with steps={steps!r}; they are about the prompt. Use steps='prefill'."
         )
     return chosen
 

@@ -12,4 +12,4 @@ def model_folder() -> Path:
         >>> from transformers import AutoModelForImageTextToText  # doctest: +SKIP
         >>> model = AutoModelForImageTextToText.from_pretrained(model_folder())  # doctest: +SKIP
     """
-    return Path(__file__).resolve().parent / "weights"
+    return Path(__file__).resolve().parent / "tiny_llava_next"

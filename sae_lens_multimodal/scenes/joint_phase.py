@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from sae_lens_multimodal.scenes.plans import Plan
     from sae_lens_multimodal.scenes.pool import Pool
 
-_DENSE_WEIGHT = 0.15
+_DENSE_WEIGHT = 0.25
 
 
 def train_joint(model: LlavaNextForConditionalGeneration, pool: Pool, folder: Path, plan: Plan) -> None:
@@ -51,15 +51,18 @@ def train_joint(model: LlavaNextForConditionalGeneration, pool: Pool, folder: Pa
 
 
 def _optimizer(model: LlavaNextForConditionalGeneration, plan: Plan) -> torch.optim.Optimizer:
-    """Choose Muon while the vision tower is frozen, AdamW with two learning rates when all is trained."""
+    """Choose Muon for the text model; the vision tower joins, more slowly, where it is trained."""
     seeing = [*model.model.vision_tower.parameters(), *model.model.multi_modal_projector.parameters()]
     known = {id(p) for p in seeing}
     rest = [p for p in model.parameters() if id(p) not in known]
-    if plan.vision_rate:
-        groups = [{"params": rest, "lr": plan.rate}, {"params": seeing, "lr": plan.vision_rate}]
-        return torch.optim.AdamW(groups, weight_decay=0.02, betas=(0.9, 0.99))
     inner = {id(p) for p in model.model.language_model.layers.parameters() if p.ndim == 2}
-    return MuonAdam([p for p in rest if id(p) in inner], [p for p in rest if id(p) not in inner], plan.rate)
+    return MuonAdam(
+        [p for p in rest if id(p) in inner],
+        [p for p in rest if id(p) not in inner],
+        plan.rate,
+        seeing=seeing if plan.vision_rate else (),
+        vision_rate=plan.vision_rate,
+    )
 
 
 def _joint_step(model: LlavaNextForConditionalGeneration, pool: Pool, phase: Phase, plan: Plan) -> None:

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 _PADDING = -1
 _EASY_END = 0.2
 _GLYPH_IDS = frozenset(ids_of(" ".join(GLYPHS)))
-_GLYPH_WEIGHT, _ATTRIBUTE_WEIGHT = 4.0, 2.0
 """Weight of the end token after answers of one word."""
+_GLYPH_WEIGHT, _KIND_WEIGHTS = 4.0, {"attribute": 3.0, "presence": 2.0, "leading": 0.5}
 
 
 class Packed(NamedTuple):
@@ -109,8 +109,8 @@ def _pack_one(prompt: Prompt, lengths: Iterator[int]) -> _Row:
 
 
 def _weight(kind: str, wanted: int) -> float:
-    """Weigh what is rare and hard: glyphs, and attributes of a named object."""
-    return _GLYPH_WEIGHT if wanted in _GLYPH_IDS else _ATTRIBUTE_WEIGHT if kind == "attribute" else 1.0
+    """Weigh what is rare and hard: glyphs, attributes of a named object, what is there; led answers are half chance."""
+    return _GLYPH_WEIGHT if wanted in _GLYPH_IDS else _KIND_WEIGHTS.get(kind, 1.0)
 
 
 def attention_mask(segments: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import TYPE_CHECKING
 
 from sae_lens_multimodal.autointerp.judges.base import JudgeRequest, Part
@@ -115,6 +116,13 @@ class ScenesPromptBook(PromptBook):
             return Meaning("", "")
         attributes = attributes_of(reply)
         return None if attributes is None else Meaning(phrase_of(attributes), phrase_of(attributes))
+
+    def variants(self, meaning: Meaning) -> list[Meaning]:
+        """Give every wider phrase: the same with some of its attributes left out, those with most words first."""
+        attributes = attributes_of(meaning.text) or {}
+        kept = [kinds for count in range(len(attributes) - 1, 0, -1) for kinds in combinations(attributes, count)]
+        phrases = [phrase_of({kind: attributes[kind] for kind in kinds}) for kinds in kept]
+        return [Meaning(phrase, phrase) for phrase in phrases]
 
     def detect_image(self, explanation: str, picture: Image.Image) -> JudgeRequest | None:
         """Ask "is there a red circle ?"."""

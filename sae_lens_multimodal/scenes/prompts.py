@@ -65,6 +65,7 @@ class Prompter:
         is_crop = pool.shown >= 0
         whole = is_crop & (pool.seen[:, KIND_ORDER.index("shape")] >= 0)
         self._scenes, self._crops = np.flatnonzero(~is_crop), np.flatnonzero(is_crop)
+        self._crowded = np.flatnonzero(~is_crop & (pool.objects[:, 1, 0] >= 0))
         self._whole = np.flatnonzero(whole)
         self._whole_seen = pool.seen[self._whole]
         self._whole_tokens = np.diff(pool.layout_start)[self._whole]
@@ -76,15 +77,17 @@ class Prompter:
     def scene(self) -> Prompt:
         """Ask for the list and much else about one scene."""
         rng, prompt = self.rng, Prompt()
-        prompt.show(self._pick(self._scenes))
+        prompt.show(self._pick(self._scenes if rng.random() < 0.3 else self._crowded))
         objects = self.pool.attributes(prompt.pictures[0])
-        prompt.questions = [_list(objects)]
-        prompt.questions += [q.short_list_question(objects, kind) for kind in KIND_ORDER]
-        prompt.questions += [asking.ask_presence(objects, rng) for _ in range(2)]
-        prompt.questions += [self._single(objects) for _ in range(2)]
-        prompt.questions += [asking.ask_attribute(objects, rng) for _ in range(3)]
-        prompt.questions += self._by_colour(objects) + _colour_by_shape(objects)
         if rng.random() < 0.5:
+            prompt.questions.append(_list(objects))
+        prompt.questions += [q.short_list_question(objects, kind) for kind in KIND_ORDER if rng.random() < 0.4]
+        prompt.questions += [asking.ask_presence(objects, rng) for _ in range(4)]
+        prompt.questions += [self._coloured_shape(objects) for _ in range(2)]
+        prompt.questions.append(self._single(objects))
+        prompt.questions += [asking.ask_attribute(objects, rng) for _ in range(4)]
+        prompt.questions += self._by_colour(objects) + _colour_by_shape(objects)
+        if rng.random() < 0.3:
             prompt.questions.append(asking.ask_leading(objects, rng))
         return prompt
 
@@ -94,6 +97,11 @@ class Prompter:
         out = [q.attribute_question(objects, {"colour": one["colour"]}, "shape") for one in some]
         lettered = [one for one in objects if "glyph" in one][:2]
         return out + [q.attribute_question(objects, {"colour": one["colour"]}, "glyph") for one in lettered]
+
+    def _coloured_shape(self, objects: Sequence[dict[str, str]]) -> q.Question:
+        """Ask for a colour with a shape: of one object, or of two, which is the look-up that is learnt last."""
+        first, second = (objects[self.rng.integers(len(objects))] for _ in range(2))
+        return q.presence_question(objects, {"colour": first["colour"], "shape": second["shape"]})
 
     def _single(self, objects: Sequence[dict[str, str]]) -> q.Question:
         """Ask whether one attribute is there at all; no is as frequent as yes."""
@@ -203,9 +211,9 @@ def _name(attributes: dict[str, str]) -> str:
 
 
 def _colour_by_shape(objects: Sequence[dict[str, str]]) -> list[q.Question]:
-    """Ask for the colour of up to two objects whose shape no other has."""
+    """Ask for the colour of every object whose shape no other has."""
     shapes = [one["shape"] for one in objects]
-    alone = [one for one in objects if shapes.count(one["shape"]) == 1][:2]
+    alone = [one for one in objects if shapes.count(one["shape"]) == 1]
     return [q.attribute_question(objects, {"shape": one["shape"]}, "colour") for one in alone]
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 PHASES: tuple[str, ...] = ("vision", "text", "joint")
-N_SCENES = 16_000
+N_SCENES = 32_000
 VISION_STEPS, SMALL_STEPS, MORE_STEPS = 1400, 1000, 2400
 TEXT_STEPS, TEXT_MORE_STEPS, TEXT_MORE_RATE = 720, 330, 7e-4
 PLANS: tuple[Plan, ...] = (
@@ -51,6 +51,24 @@ PLANS: tuple[Plan, ...] = (
         vision_rate=0.0,
         keep=1.0,
         sparse=0.7,
+    ),
+    Plan(
+        name="lookup",
+        n_steps=1250,
+        sizes={"scene": 18, "crop": 1, "group": 4, "long": 0.05, "text": 5, "mixed": 0.1},
+        rate=1.2e-3,
+        vision_rate=4e-4,
+        keep=1.0,
+        sparse=0.85,
+    ),
+    Plan(
+        name="groups",
+        n_steps=260,
+        sizes={"scene": 6, "crop": 2, "group": 12, "long": 0.5, "text": 3, "mixed": 0.2},
+        rate=8e-4,
+        vision_rate=0.0,
+        keep=1.0,
+        sparse=0.3,
     ),
 )
 """The phases on real pictures, in order; each decays to a learning rate of nothing."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
 logger = logging.getLogger(__name__)
@@ -39,18 +40,31 @@ class MuonAdam(torch.optim.Optimizer):
     Muon (Jordan et al., 2024) orthogonalises every update; look-ups by attention are learnt in far fewer steps.
     """
 
-    def __init__(self, matrices: list[torch.nn.Parameter], others: list[torch.nn.Parameter], rate: float) -> None:
-        """Take parameters and the top learning rate, which both share.
+    def __init__(
+        self,
+        matrices: list[torch.nn.Parameter],
+        others: list[torch.nn.Parameter],
+        rate: float,
+        *,
+        seeing: Sequence[torch.nn.Parameter] = (),
+        vision_rate: float = 0.0,
+    ) -> None:
+        """Take parameters and their top learning rates.
 
         Args:
             matrices: two-dimensional weights inside the layers.
             others: embeddings, norms, biases and the newline.
-            rate: top learning rate; Muon's updates are scaled to the size of AdamW's.
+            rate: top learning rate of both; Muon's updates are scaled to the size of AdamW's.
+            seeing: the vision tower and the projector, where they are trained too.
+            vision_rate: their top learning rate.
         """
-        super().__init__([*matrices, *others], {"lr": rate})
+        super().__init__([*matrices, *others, *seeing], {"lr": rate})
+        groups: list[dict[str, Any]] = [{"params": others, "lr": rate / 2, "weight_decay": 0.0}]
+        if seeing:
+            groups.append({"params": list(seeing), "lr": vision_rate, "weight_decay": 0.02})
         self._parts = (
             torch.optim.Muon(matrices, lr=rate, weight_decay=0.02, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(others, lr=rate / 2, weight_decay=0.0, betas=(0.9, 0.98)),
+            torch.optim.AdamW(groups, betas=(0.9, 0.98)),
         )
         self.param_groups = [group for part in self._parts for group in part.param_groups]
 

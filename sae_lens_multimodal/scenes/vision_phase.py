@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 _SHARPNESS = 10.0
 _UNDECIDED = -100
 _BACKGROUND_WEIGHT = 0.25
+_KIND_WEIGHTS = {"colour": 1.0, "texture": 1.0, "shape": 1.5, "glyph": 3.0}
+"""Glyphs are the hardest, and only a third of the objects carry one."""
 _ID = {word: index for index, word in enumerate((*SPECIALS, *WORDS))}
 WORD_IDS: dict[str, list[int]] = {kind: [_ID[value] for value in ATTRIBUTES[kind]] for kind in KIND_ORDER}
 BACKGROUND_ID = _ID["background"]
@@ -120,7 +122,7 @@ def dense_loss(features: Tensor, embedding: Tensor, classes: Tensor) -> tuple[Te
         each = functional.cross_entropy(
             scores.flatten(0, 1), classes[..., k].flatten(), ignore_index=_UNDECIDED, reduction="none"
         )
-        loss = loss + (weights.flatten() * each).sum()
+        loss = loss + _KIND_WEIGHTS[kind] * (weights.flatten() * each).sum()
         real = decided & (classes[..., k] < len(ATTRIBUTES[kind]))
         right.append(float((scores.argmax(-1) == classes[..., k])[real].float().mean()))
     return loss, right

@@ -12,7 +12,10 @@ from sae_lens.config import LanguageModelSAERunnerConfig, LoggingConfig
 from sae_lens.saes.sae import TrainingSAEConfig
 from sae_lens.util import str_to_dtype
 
+from sae_lens_multimodal.data.batches import EncodingSettings, TooLong
+from sae_lens_multimodal.data.mixture import StopRule, read_settings
 from sae_lens_multimodal.errors import ConfigError
+from sae_lens_multimodal.training.checkpoint import LATEST, run_id
 from sae_lens_multimodal.training.sae_config import build_sae_config
 from sae_lens_multimodal.training.typed_fields import as_mapping, typed_fields
 
@@ -40,14 +43,6 @@ _REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
         "positions mean little where images have different numbers of tokens; choose tokens with token_shares and "
         "image_tokens.",
     ),
-    "use_cached_activations": (
-        lambda value: value is False,
-        "activations are read when they are needed; set n_batches_in_buffer for a larger buffer.",
-    ),
-    "cached_activations_path": (
-        lambda value: value is None,
-        "activations are read when they are needed; give dataset_path.",
-    ),
     "prepend_bos": (
         lambda value: value is False,
         "the model's chat template says where a prompt begins; leave it out.",
@@ -59,6 +54,22 @@ _REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "exclude_special_tokens": (
         lambda value: value is True or isinstance(value, list),
         "special tokens are always left out; leave it out, or list further token ids to leave out.",
+    ),
+    "disable_concat_sequences": (
+        lambda value: value is False,
+        "prompts are never joined and short ones are kept; leave it out.",
+    ),
+    "hook_eval": (
+        lambda value: value == "NOT_IN_USE",
+        "SAE-Lens itself no longer uses it; leave it out.",
+    ),
+    "dead_feature_threshold": (
+        lambda value: value == LanguageModelSAERunnerConfig.dead_feature_threshold,
+        "SAE-Lens itself does not use it; a feature counts as dead after dead_feature_window steps without firing.",
+    ),
+    "llm_compilation_mode": (
+        lambda value: value is None,
+        "a traced model cannot be compiled; compile_sae and sae_compilation_mode work.",
     ),
     "compile_llm": (
         lambda value: value is False,
@@ -98,16 +109,35 @@ class MultimodalSAERunnerConfig(LanguageModelSAERunnerConfig[SAEConfigT], Generi
     """Where relative picture paths in the dataset begin; the working folder if None."""
     split: str = "train"
     """Split of the dataset to train on."""
+    dataset_mixture: list[dict[str, Any]] | None = None
+    """Several datasets in place of `dataset_path`: a list of `{path: ..., weight: ...}`, each with `split`, `subset`,
+    `image_folder` or `streaming` where they differ. At every row one is drawn by its weight, from the seed."""
+    mixture_stop: StopRule = "all_exhausted"
+    """When an epoch of the mixture ends, and what becomes of a dataset that ends before: see `data.mixture.Mixture`."""
     token_shares: dict[str, float] | None = None
     """Share of each modality in every training batch, such as `{"image": 0.5, "text": 0.5}`; None: as they come."""
     image_tokens: ImageTokens = "all"
     """Which image tokens: all, those of the base view only, or those of the high-resolution tiles only."""
     newline_tokens: bool = False
     """Whether the separators between rows of patches are trained on too; they count as image tokens."""
+    max_norm_ratio: float | None = None
+    """Leave out tokens whose norm is more than so many times the median norm of their modality; None keeps all."""
+    balanced_threshold: bool = True
+    """Whether a BatchTopK SAE is saved with thresholds that let `k` features fire on a token of each modality; False
+    saves SAE-Lens's one threshold for all tokens."""
     strict: bool = False
     """Whether a row that cannot be read stops the run; otherwise it is skipped and counted."""
+    too_long: TooLong = "drop"
+    """What becomes of prompts of more than `context_size` tokens: they are left out, or with "truncate" cut after the
+    last token or whole picture that fits. Either is counted."""
+    n_data_workers: int = 2
+    """How many threads open pictures, and how many encode prompts, while the model runs; 0 for none. The batches are
+    the same whatever it is."""
     shuffle_buffer_rows: int = 0
     """How many rows of a streamed dataset to shuffle among; other datasets are shuffled whole."""
+    eval_losses: bool = True
+    """Whether the final evaluation also measures cross-entropy and KL with the reconstruction spliced in: ten further
+    passes of the held-out prompts through the whole model."""
     overwrite: bool = False
     """Whether files of an earlier run in `output_path` may be replaced."""
     progress: bool = True
@@ -117,7 +147,7 @@ class MultimodalSAERunnerConfig(LanguageModelSAERunnerConfig[SAEConfigT], Generi
     is_dataset_tokenized: bool = False
     dataset_trust_remote_code: bool = False
     context_size: int = 4096
-    """Longest prompt in tokens, image tokens included; longer ones are left out and counted."""
+    """Longest prompt in tokens, image tokens included; `too_long` says what becomes of longer ones."""
     store_batch_size_prompts: int = 8
     n_eval_batches: int = 8
     prepend_bos: bool = False
@@ -133,13 +163,20 @@ class MultimodalSAERunnerConfig(LanguageModelSAERunnerConfig[SAEConfigT], Generi
         _check_refused(self)
         _check_sizes(self)
         check_token_shares(self.token_shares, self.train_batch_size_tokens)
+        _check_data(self)
         if self.image_tokens not in get_args(ImageTokens):
             raise ConfigError(f"image_tokens is {self.image_tokens!r}; expected one of {list(get_args(ImageTokens))}.")
         try:
             str_to_dtype(self.dtype)
+            folder = self.checkpoint_path
             super().__post_init__()
         except ValueError as error:
             raise ConfigError(str(error)) from error
+        if self.resume_from_checkpoint == LATEST:
+            if folder is None:
+                raise ConfigError("resume_from_checkpoint='latest' finds checkpoints below checkpoint_path; give one.")
+            # Not a new name at each start, as SAE-Lens has it, but one for all starts of this run.
+            self.checkpoint_path = f"{folder}/{run_id(self.to_dict())}"
         self.tokens_per_buffer = self.train_batch_size_tokens * self.n_batches_in_buffer
 
     def to_dict(self) -> dict[str, Any]:
@@ -232,9 +269,23 @@ def _check_refused(config: MultimodalSAERunnerConfig[Any]) -> None:
             raise ConfigError(f"{name}={value!r} cannot be used for a vision-language model: {instead}")
 
 
+def _check_data(config: MultimodalSAERunnerConfig[Any]) -> None:
+    EncodingSettings(config.context_size, config.too_long).check()
+    if config.mixture_stop not in get_args(StopRule):
+        raise ConfigError(f"mixture_stop is {config.mixture_stop!r}; expected one of {list(get_args(StopRule))}.")
+    if config.dataset_mixture is None:
+        return
+    read_settings(config.dataset_mixture)
+    if config.dataset_path:
+        raise ConfigError(
+            f"Got dataset_path={config.dataset_path!r} and dataset_mixture; give one of them, or put the path into the "
+            "mixture with a weight."
+        )
+
+
 def _check_sizes(config: MultimodalSAERunnerConfig[Any]) -> None:
     at_least_one = ("train_batch_size_tokens", "store_batch_size_prompts", "n_batches_in_buffer", "context_size")
-    at_least_zero = ("n_eval_batches", "shuffle_buffer_rows", "n_checkpoints", "prefetch_llm_batches")
+    at_least_zero = ("n_eval_batches", "shuffle_buffer_rows", "n_checkpoints", "prefetch_llm_batches", "n_data_workers")
     for names, smallest in ((at_least_one, 1), (at_least_zero, 0)):
         for name in names:
             if getattr(config, name) < smallest:
@@ -247,6 +298,10 @@ def _check_sizes(config: MultimodalSAERunnerConfig[Any]) -> None:
     if not 0 <= config.activations_mixing_fraction < 1:
         raise ConfigError(
             f"activations_mixing_fraction is {config.activations_mixing_fraction}; it must be at least 0 and below 1."
+        )
+    if config.max_norm_ratio is not None and config.max_norm_ratio < 1:
+        raise ConfigError(
+            f"max_norm_ratio is {config.max_norm_ratio}; it must be at least 1; 10 leaves out outliers only."
         )
     if config.lr <= 0:
         raise ConfigError(f"lr is {config.lr}; it must be above 0.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -19,7 +19,9 @@ from sae_lens_multimodal.training.metrics import MODALITIES, ModalityMetrics, Re
 from sae_lens_multimodal.training.tokens import LabelledBatch, TokenChoice, read_tokens
 
 _CHUNK_TOKENS = 4096
-"""Tokens that are encoded at once."""
+"""Tokens that are encoded at once, at most."""
+_DENSE_ELEMENTS = 1 << 26
+"""So many dense feature activations exist at a time: 256 MiB in float32."""
 
 
 def evaluate_reconstruction(
@@ -48,8 +50,7 @@ def evaluate_reconstruction(
         progress: whether to draw a progress bar on stderr.
 
     Returns:
-        For "image" and "text": `n_tokens`, `explained_variance`, `l0` (features that fire on a token) and `dead_share`
-        (of features that fired on no token); None where there is nothing to measure.
+        For "image" and "text" what `ModalityMetrics` lists; None where there is nothing to measure.
 
     Raises:
         SAEMismatchError: the SAE does not fit the model's hook.
@@ -62,7 +63,6 @@ def evaluate_reconstruction(
     return as_report(measure(sae, tqdm(limited, desc="Evaluating", unit="batch", disable=not progress)))
 
 
-@torch.no_grad()
 def measure(
     sae: SAE[Any], batches: Iterable[LabelledBatch], scale: Callable[[Tensor], Tensor] | None = None
 ) -> dict[str, ModalityMetrics]:
@@ -73,14 +73,27 @@ def measure(
         batches: activations with the modality of each token.
         scale: what training does to activations before the SAE sees them; the metrics are those of the scaled ones.
     """
-    totals = {name: ReconstructionTotals() for name in MODALITIES}
+    totals = measure_several({"sae": sae}, batches, scale)["sae"]
+    return {name: total.metrics() for name, total in totals.items()}
+
+
+@torch.no_grad()
+def measure_several(
+    saes: Mapping[str, SAE[Any]],
+    batches: Iterable[LabelledBatch],
+    scale: Callable[[Tensor], Tensor] | None = None,
+) -> dict[str, dict[str, ReconstructionTotals]]:
+    """Running sums of each modality for several SAEs that read the same activations, in one pass; see `measure`."""
+    totals = {name: {modality: ReconstructionTotals() for modality in MODALITIES} for name in saes}
     for activations, modality in batches:
         for name, code in MODALITIES.items():
             rows = activations[(modality == code).to(activations.device)]
-            for start in range(0, len(rows), _CHUNK_TOKENS):
-                chunk = rows[start : start + _CHUNK_TOKENS].to(sae.W_dec.device, sae.dtype)
-                _add(totals[name], sae, scale(chunk) if scale is not None else chunk)
-    return {name: total.metrics() for name, total in totals.items()}
+            for key, sae in saes.items():
+                size = max(1, min(_CHUNK_TOKENS, _DENSE_ELEMENTS // sae.cfg.d_sae))
+                for chunk in rows.split(size) if len(rows) else ():
+                    x = chunk.to(sae.W_dec.device, sae.dtype)
+                    _add(totals[key][name], sae, scale(x) if scale is not None else x)
+    return totals
 
 
 def _add(totals: ReconstructionTotals, sae: SAE[Any], x: Float[Tensor, "n d"]) -> None:

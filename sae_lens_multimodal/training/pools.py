@@ -60,6 +60,34 @@ class Pool:
         """Whether there is no room."""
         return self.count == self.capacity
 
+    def snapshot(self) -> dict[str, Tensor]:
+        """Everything that what is handed out later depends on: the tokens that wait, their places and their order."""
+        slots = (self._keys >= 0).nonzero().squeeze(1)
+        state = {"slots": slots, "keys": self._keys[slots], "labels": self._labels[slots]}
+        if self._rows is not None:
+            state["rows"] = self._rows[slots.to(self._device)]
+        if self._order is not None:
+            state["order"] = self._order
+        return state
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Be as the pool was at `snapshot`.
+
+        Raises:
+            IndexError: that pool was larger.
+        """
+        slots = state["slots"]
+        if len(slots) and int(slots.max()) >= self.capacity:
+            raise IndexError(f"The saved pool holds place {int(slots.max())}; this one has {self.capacity} places.")
+        self._keys.fill_(-1.0)
+        self._keys[slots] = state["keys"]
+        self._labels[slots] = state["labels"]
+        self._order = state.get("order")
+        if "rows" in state:
+            rows = state["rows"]
+            self._rows = torch.empty(self.capacity, rows.shape[1], dtype=rows.dtype, device=self._device)
+            self._rows[slots.to(self._device)] = rows.to(self._device)
+
     def begin_refill(self) -> None:
         """Give tokens that still wait the same chance to stay as those to come."""
         waiting = self._keys >= 0

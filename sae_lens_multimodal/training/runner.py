@@ -5,77 +5,58 @@ from __future__ import annotations
 import copy
 import logging
 from collections import Counter
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from sae_lens import SAE
+from sae_lens.constants import RUNNER_CFG_FILENAME
 from sae_lens.llm_sae_training_runner import LanguageModelSAETrainingRunner
 from sae_lens.saes.sae import TrainingSAE
 from sae_lens.training._interruption import InterruptedException
-from sae_lens.training.activation_scaler import ActivationScaler
 from sae_lens.util import temporary_seed
 
 from sae_lens_multimodal.adapters.model import VisionLanguageModel, check_device, load_model
-from sae_lens_multimodal.data.batches import encoded_batches
+from sae_lens_multimodal.data.mixture import Mixture
 from sae_lens_multimodal.data.sources import Rows
-from sae_lens_multimodal.errors import ConfigError, SAEMismatchError
+from sae_lens_multimodal.errors import ConfigError, DatasetError, SAEMismatchError, StoreError
 from sae_lens_multimodal.hooks.saes import inference_sae, same_model
+from sae_lens_multimodal.training.cached_store import CachedActivationsStore
+from sae_lens_multimodal.training.checkpoint import LATEST, check_whole, latest_checkpoint, remove_leftovers
 from sae_lens_multimodal.training.config import MultimodalSAERunnerConfig
-from sae_lens_multimodal.training.evaluate import measure
+from sae_lens_multimodal.training.distributed import (
+    DistributedSAETrainer,
+    config_of_process,
+    join_processes,
+    own_rows,
+    store_config,
+)
+from sae_lens_multimodal.training.evaluator import MultimodalSAEEvaluator
 from sae_lens_multimodal.training.interrupts import stop_on_signals
-from sae_lens_multimodal.training.metrics import ModalityMetrics, as_report
+from sae_lens_multimodal.training.log import TrainingLog, flat_numbers
+from sae_lens_multimodal.training.metrics import as_report
 from sae_lens_multimodal.training.output import (
     METADATA_KEY,
     check_output_folder,
+    is_finished,
     provenance,
     read_checkpoint_state,
     save_sae,
     write_checkpoint_state,
 )
+from sae_lens_multimodal.training.prompts import open_source
+from sae_lens_multimodal.training.randomness import seeded
 from sae_lens_multimodal.training.sae_config import UNSET_WIDTH
-from sae_lens_multimodal.training.store import MultimodalActivationsStore, open_source
+from sae_lens_multimodal.training.store import MultimodalActivationsStore
 from sae_lens_multimodal.training.trainer import BatchProvider, MultimodalSAETrainer
 
 logger = logging.getLogger(__name__)
 
 _STARVED = 0.2
 """Below this share of the other modality's L0, a modality is worth a warning."""
-
-
-@dataclass
-class MultimodalSAEEvaluator:
-    """Reconstruction metrics of each modality on held-out prompts."""
-
-    store: MultimodalActivationsStore
-
-    def __call__(
-        self,
-        sae: TrainingSAE[Any],
-        data_provider: BatchProvider,
-        activation_scaler: ActivationScaler,
-    ) -> dict[str, Any]:
-        """The metrics by name, as SAE-Lens logs them during training."""
-        with data_provider.paused():
-            metrics = self.measure(inference_sae(sae), activation_scaler)
-        return {
-            f"evaluation/{metric}_{modality}": value
-            for modality, values in as_report(metrics).items()
-            for metric, value in values.items()
-            if value is not None
-        }
-
-    def measure(self, sae: SAE[Any], scaler: ActivationScaler | None = None) -> dict[str, ModalityMetrics]:
-        """Metrics of each modality of an SAE that takes activations as `scaler` makes them."""
-        store, cfg = self.store, self.store.cfg
-        batches = encoded_batches(
-            store.model,
-            store.source.evaluation(cfg.n_eval_prompts),
-            batch_size=cfg.eval_batch_prompts,
-            context_size=cfg.context_size,
-        )
-        return measure(sae, (store.read_tokens(batch) for batch in batches), scale=scaler)
 
 
 class MultimodalSAETrainingRunner(LanguageModelSAETrainingRunner):
@@ -90,11 +71,13 @@ class MultimodalSAETrainingRunner(LanguageModelSAETrainingRunner):
     evaluator: Any
     metrics: dict[str, dict[str, Any]]
     """Of each modality, once `run` is through: see `evaluate_reconstruction`."""
+    losses: dict[str, dict[str, Any]]
+    """By where the reconstruction is spliced in, once `run` is through: see `splice_losses`."""
 
     def __init__(
         self,
         cfg: MultimodalSAERunnerConfig[Any],
-        override_dataset: Rows | None = None,
+        override_dataset: Rows | Mixture | None = None,
         override_model: VisionLanguageModel | None = None,
         override_sae: TrainingSAE[Any] | None = None,
     ) -> None:
@@ -102,7 +85,7 @@ class MultimodalSAETrainingRunner(LanguageModelSAETrainingRunner):
 
         Args:
             cfg: the settings; they are not changed.
-            override_dataset: a dataset or list of rows in place of `dataset_path`.
+            override_dataset: a dataset, list of rows or mixture in place of `dataset_path`.
             override_model: a loaded model in place of `model_name`; its own name is the one that is recorded.
             override_sae: an SAE to go on training.
 
@@ -114,16 +97,24 @@ class MultimodalSAETrainingRunner(LanguageModelSAETrainingRunner):
             UnknownHookError: the model has no such hook.
             SAEMismatchError: the SAE does not fit the hook.
         """
-        check_output_folder(cfg.output_path, overwrite=cfg.overwrite)
+        self.processes = join_processes()
+        cfg = config_of_process(cfg, self.processes)
+        check_output_folder(cfg.output_path, overwrite=cfg.overwrite, cfg=cfg)
         for device in (cfg.device, cfg.act_store_device):
             check_device(device or cfg.device)
-        source = open_source(cfg, override_dataset)
-        self.model = override_model if override_model is not None else _load(cfg)
-        self.cfg = _fitted(cfg, self.model)
+        if cfg.use_cached_activations:
+            self.activations_store = CachedActivationsStore.open(cfg)
+            self.model, self.cfg = override_model, self.activations_store.cfg
+        else:
+            source = open_source(cfg, override_dataset)
+            self.model = override_model if override_model is not None else load_run_model(cfg)
+            self.cfg = fitted_config(cfg, self.model)
+            part = store_config(self.cfg, self.processes)
+            self.activations_store = MultimodalActivationsStore(self.model, part, own_rows(source, self.processes))
         self.sae = self._build_sae(override_sae)
-        self.activations_store = MultimodalActivationsStore(self.model, self.cfg, source)
         self.evaluator = MultimodalSAEEvaluator(self.activations_store)
         self.metrics = {}
+        self.losses = {}
         self._tokens_seen: Counter[str] = Counter()
 
     def run(self) -> SAE[Any]:
@@ -134,7 +125,12 @@ class MultimodalSAETrainingRunner(LanguageModelSAETrainingRunner):
 
         Raises:
             KeyboardInterrupt: the run was stopped by a signal; the message says where its checkpoint is.
+            DatasetError: the dataset has vanished or lacks what is asked for.
+            StoreError: the disk is full; earlier checkpoints are as they were.
         """
+        if is_finished(self.cfg):
+            logger.info("this run is finished; its SAE is in %s", self.cfg.output_path)
+            return SAE.load_from_disk(str(self.cfg.output_path), device=self.cfg.device)
         self._set_sae_metadata()
         if self.cfg.logger.log_to_wandb:
             self._begin_logging()
@@ -145,8 +141,12 @@ class MultimodalSAETrainingRunner(LanguageModelSAETrainingRunner):
             sae = self.run_trainer_with_interruption_handling(trainer)
         finally:
             provider.close()
+            self.activations_store.finish_reading()
+        if not self.processes.is_first:
+            return inference_sae(sae, copy=True)
         self._tokens_seen = trainer.tokens_seen
         self._evaluate(sae)
+        self._log_result(trainer)
         if self.cfg.output_path is not None:
             self.save_final_sae(sae, self.cfg.output_path, trainer.log_feature_sparsity)
         if self.cfg.logger.log_to_wandb:
@@ -160,17 +160,32 @@ class MultimodalSAETrainingRunner(LanguageModelSAETrainingRunner):
             KeyboardInterrupt: a signal came.
         """
         try:
-            with stop_on_signals(trainer.request_stop), temporary_seed(self.cfg.seed):
+            with stop_on_signals(trainer.request_stop), seeded(self.cfg.seed):
+                trainer.restore_randomness()
                 return trainer.fit()
         except (KeyboardInterrupt, InterruptedException) as error:
             done = f"stopped after {trainer.n_training_samples} tokens"
             if self.cfg.checkpoint_path is None:
                 raise KeyboardInterrupt(f"{done}; nothing is saved, as checkpoint_path is not set.") from error
-            self._tokens_seen = trainer.tokens_seen
-            trainer.save_checkpoint(checkpoint_name=str(trainer.n_training_samples))
-            folder = Path(self.cfg.checkpoint_path) / str(trainer.n_training_samples)
-            logger.warning("%s; go on with resume_from_checkpoint=%s", done, folder)
-            raise KeyboardInterrupt(f"{done}; go on with resume_from_checkpoint={folder}") from error
+            if isinstance(error, InterruptedException):
+                # At once, as after a second signal, a step may be half done: then the last checkpoint has to serve.
+                trainer.save_checkpoint(checkpoint_name=str(trainer.n_training_samples))
+            advice = self._how_to_go_on() or "no checkpoint was written yet"
+            logger.warning("%s; %s", done, advice)
+            raise KeyboardInterrupt(f"{done}; {advice}") from error
+        except (DatasetError, StoreError) as error:
+            advice = self._how_to_go_on()
+            if advice is None:
+                raise
+            raise type(error)(f"{error} Stopped after {trainer.n_training_samples} tokens; {advice}.") from error
+
+    def _how_to_go_on(self) -> str | None:
+        folder = latest_checkpoint(self.cfg.checkpoint_path)
+        if folder is None:
+            return None
+        if self.cfg.resume_from_checkpoint == LATEST:
+            return f"the same command goes on from {folder}"
+        return f"go on with resume_from_checkpoint={folder}"
 
     def save_checkpoint(self, checkpoint_path: Path | None) -> None:
         """Write the store's place in the dataset and the settings beside what the trainer has written."""
@@ -178,7 +193,8 @@ class MultimodalSAETrainingRunner(LanguageModelSAETrainingRunner):
             return
         checkpoint_path.mkdir(parents=True, exist_ok=True)
         self.activations_store.save_to_checkpoint(checkpoint_path)
-        write_checkpoint_state(checkpoint_path, self.cfg, self._tokens_seen, self.activations_store.counts())
+        store = self.activations_store
+        write_checkpoint_state(checkpoint_path, self.cfg, self._tokens_seen, store.counts(), store.n_rows)
 
     def save_final_sae(
         self, sae: TrainingSAE[Any], output_path: str, log_feature_sparsity: torch.Tensor | None = None
@@ -187,6 +203,7 @@ class MultimodalSAETrainingRunner(LanguageModelSAETrainingRunner):
         sae.cfg.metadata[METADATA_KEY] = provenance(
             self.cfg, self.activations_store, tokens_seen=self._tokens_seen, metrics=self.metrics
         )
+        sae.cfg.metadata[METADATA_KEY]["losses"] = self.losses
         weights, config, sparsity = save_sae(sae, Path(output_path), self.cfg, log_feature_sparsity)
         if self.cfg.logger.log_to_wandb:
             self.cfg.logger.log(self, weights, config, sparsity_path=sparsity, wandb_aliases=["final_model"])
@@ -207,30 +224,52 @@ class MultimodalSAETrainingRunner(LanguageModelSAETrainingRunner):
         return sae.to(self.cfg.device)
 
     def _build_trainer(self, provider: BatchProvider) -> MultimodalSAETrainer:
-        trainer = MultimodalSAETrainer(
+        kind: Callable[..., MultimodalSAETrainer] = MultimodalSAETrainer
+        if self.processes.count > 1:
+            kind = partial(DistributedSAETrainer, processes=self.processes)
+        trainer = kind(
             sae=self.sae,
             data_provider=provider,
-            evaluator=self.evaluator,
+            evaluator=self.evaluator if self.cfg.n_eval_batches else None,
             save_checkpoint_fn=self.save_checkpoint,
             cfg=self.cfg.to_sae_trainer_config(),
             progress=self.cfg.progress,
+            balanced_threshold=self.cfg.balanced_threshold,
         )
         self._tokens_seen = trainer.tokens_seen
-        if self.cfg.resume_from_checkpoint is not None:
-            folder = Path(self.cfg.resume_from_checkpoint)
-            state = read_checkpoint_state(folder, self.cfg)
+        folder = self._checkpoint_to_resume()
+        if folder is not None:
+            state = read_checkpoint_state(folder, self.cfg, self.activations_store.n_rows)
             trainer.tokens_seen.update(state["tokens_seen"])
-            trainer.load_trainer_state(folder)
             self.sae.load_weights_from_checkpoint(folder)
+            trainer.load_trainer_state(folder)
             self.activations_store.load_from_checkpoint(folder)
             self.activations_store.restore_counts(state["counts"])
             logger.info("going on after %d tokens from %s", trainer.n_training_samples, folder)
+        trainer.log = self.open_log(trainer.n_training_steps)
         return trainer
+
+    def _checkpoint_to_resume(self) -> Path | None:
+        given = self.cfg.resume_from_checkpoint
+        if given is None:
+            return None
+        if given == LATEST:
+            assert self.cfg.checkpoint_path is not None
+            remove_leftovers(Path(self.cfg.checkpoint_path))
+            return latest_checkpoint(self.cfg.checkpoint_path)
+        if (Path(given) / RUNNER_CFG_FILENAME).is_file():
+            check_whole(Path(given))
+        return Path(given)
 
     def _evaluate(self, sae: TrainingSAE[Any]) -> None:
         if not self.cfg.n_eval_batches:
             return
-        self.metrics = as_report(self.evaluator.measure(inference_sae(sae)))
+        plain = inference_sae(sae)
+        totals = self.evaluator.totals(plain)
+        self.metrics = as_report({name: total.metrics() for name, total in totals.items()})
+        has_prompts = not self.cfg.use_cached_activations
+        if self.cfg.eval_losses and has_prompts and self.model.hooks.resolve(self.cfg.hook_name).tower == "language":
+            self.losses = self.evaluator.losses(plain, totals)
         for name, values in self.metrics.items():
             logger.info("%s tokens: %s", name, values)
         fired = {name: values["l0"] for name, values in self.metrics.items() if values["l0"] is not None}
@@ -240,6 +279,21 @@ class MultimodalSAETrainingRunner(LanguageModelSAETrainingRunner):
                 "architecture without one threshold for all tokens, such as topk, balance them",
                 *_least_and_most(fired),
             )
+
+    def open_log(self, after_step: int) -> TrainingLog | None:
+        """The local log beside `output_path`, which goes on after the steps that are done; None without a path."""
+        return TrainingLog(self.cfg.output_path, after_step=after_step) if self.cfg.output_path is not None else None
+
+    def final_numbers(self) -> dict[str, float | int]:
+        """The final evaluation as it is logged; empty where there was none."""
+        return flat_numbers({"final": {**self.metrics, "losses": self.losses}})
+
+    def _log_result(self, trainer: MultimodalSAETrainer) -> None:
+        """Log the final evaluation, and draw what was logged."""
+        if found := self.final_numbers():
+            trainer.record(found)
+        if trainer.log is not None:
+            logger.info("what was logged is drawn in %s", trainer.log.plot())
 
     def _set_sae_metadata(self) -> None:
         super()._set_sae_metadata()
@@ -264,7 +318,13 @@ class MultimodalSAETrainingRunner(LanguageModelSAETrainingRunner):
         wandb.finish()
 
 
-def _load(cfg: MultimodalSAERunnerConfig[Any]) -> VisionLanguageModel:
+def load_run_model(cfg: MultimodalSAERunnerConfig[Any]) -> VisionLanguageModel:
+    """Load the model that a run's settings name.
+
+    Raises:
+        ConfigError: they name none.
+        ModelLoadError: it cannot be loaded.
+    """
     if not cfg.model_name:
         raise ConfigError("model_name is empty; give a hub name or a folder, or pass override_model.")
     settings = dict(cfg.model_from_pretrained_kwargs or {})
@@ -273,15 +333,15 @@ def _load(cfg: MultimodalSAERunnerConfig[Any]) -> VisionLanguageModel:
     return load_model(cfg.model_name, **settings)
 
 
-def _fitted(cfg: MultimodalSAERunnerConfig[Any], model: VisionLanguageModel) -> MultimodalSAERunnerConfig[Any]:
+def fitted_config(cfg: MultimodalSAERunnerConfig[Any], model: VisionLanguageModel) -> MultimodalSAERunnerConfig[Any]:
     """A copy of the settings with the hook's own name and width, and the model's name."""
     if not cfg.hook_name:
         raise ConfigError("hook_name is empty; give one such as 'blocks.2.hook_resid_post'.")
     hook = model.hooks.resolve(cfg.hook_name)
-    if hook.tower != "language":
+    if hook.tower != "language" and (cfg.token_shares or {}).get("text"):
         raise ConfigError(
-            f"{hook.name} is in the {hook.tower} tower, whose positions are not tokens of the prompt; choose a hook of "
-            "the language model, such as 'blocks.0.hook_resid_pre'."
+            f"{hook.name} is in the {hook.tower} tower, whose positions are patches of pictures, but token_shares asks "
+            "for text; leave token_shares out, or choose a hook of the language model."
         )
     width = cfg.sae.d_in
     if width == UNSET_WIDTH:

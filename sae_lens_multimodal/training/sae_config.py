@@ -7,7 +7,7 @@ from dataclasses import MISSING, fields
 from typing import Any
 
 import sae_lens  # noqa: F401 - registers the architectures
-from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY, get_sae_training_class
+from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY, get_sae_training_class
 from sae_lens.saes.sae import SAEMetadata, TrainingSAEConfig
 
 from sae_lens_multimodal.errors import ConfigError
@@ -29,6 +29,10 @@ def build_sae_config(content: object) -> TrainingSAEConfig:
     architecture = settings.pop("architecture", None)
     if architecture not in SAE_TRAINING_CLASS_REGISTRY:
         known = ", ".join(sorted(SAE_TRAINING_CLASS_REGISTRY))
+        if architecture in SAE_CLASS_REGISTRY:
+            raise ConfigError(
+                f"sae.architecture is {architecture!r}, which SAE-Lens can load but not train; choose one of: {known}."
+            )
         raise ConfigError(f"sae.architecture is {architecture!r}; expected one of: {known}.")
     metadata = settings.pop("metadata", None)
     config_class = get_sae_training_class(architecture)[1]

@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sized
+from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from sae_lens.training.activations_store import ActivationsStore
 from sae_lens.util import str_to_dtype
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sae_lens_multimodal.adapters.model import VisionLanguageModel
-from sae_lens_multimodal.data.batches import PromptBatch, encoded_batches
+from sae_lens_multimodal.data.batches import EncodingSettings, PromptBatch, encoded_batches
+from sae_lens_multimodal.data.mixture import Mixture
 from sae_lens_multimodal.data.rows import SkipReport
-from sae_lens_multimodal.data.sources import Rows, open_dataset
+from sae_lens_multimodal.data.sources import Rows
 from sae_lens_multimodal.errors import ConfigError, DatasetError, SAEMismatchError, StoreError
 from sae_lens_multimodal.training.config import MultimodalSAERunnerConfig
 from sae_lens_multimodal.training.pools import Pool, share_counts
-from sae_lens_multimodal.training.prompts import PromptSource
+from sae_lens_multimodal.training.prompts import PromptSource, open_source
 from sae_lens_multimodal.training.tokens import GROUP_OF_MODALITY, LabelledBatch, TokenChoice, read_tokens
+from sae_lens_multimodal.training.tree_file import load_tree, save_tree
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +76,9 @@ class MultimodalActivationsStore(ActivationsStore):
         self.n_dataset_processed = 0
         self.epoch = 0
         self.tokens_read: Counter[str] = Counter()
-        self._skipped: Counter[str] = Counter()
+        self.outliers: Counter[str] = Counter()
+        """Tokens left out for their norm, by modality."""
+        self._earlier_rows = SkipReport()
         self._dropped_before = 0
         self._report = SkipReport()
         self._next_row = 0
@@ -95,7 +99,7 @@ class MultimodalActivationsStore(ActivationsStore):
         cls,
         model: VisionLanguageModel,
         cfg: MultimodalSAERunnerConfig[Any],
-        override_dataset: Rows | None = None,
+        override_dataset: Rows | Mixture | None = None,
     ) -> MultimodalActivationsStore:
         """Open the dataset that the configuration names, or take the one given.
 
@@ -140,9 +144,22 @@ class MultimodalActivationsStore(ActivationsStore):
         return LabelledBatch(activations, modality)
 
     @property
+    def n_rows(self) -> int | None:
+        """How many rows there are to train on; None for a stream."""
+        return len(self.dataset) if isinstance(self.dataset, Sized) else None
+
+    @property
     def all_skipped(self) -> Counter[str]:
         """Rows that were skipped, by reason."""
-        return self._skipped + self._report.reasons
+        return self.row_report.reasons
+
+    @property
+    def row_report(self) -> SkipReport:
+        """What was read, skipped and cut since the run began; rows of several epochs count in each."""
+        report = SkipReport()
+        report.add(self._earlier_rows)
+        report.add(self._report)
+        return report
 
     @property
     def tokens_dropped(self) -> int:
@@ -160,7 +177,7 @@ class MultimodalActivationsStore(ActivationsStore):
         self._report_surplus(self.tokens_dropped - before[0], self.tokens_read.total() - before[1])
 
     def _read_into_pools(self, prompts: PromptBatch) -> None:
-        activations, modality = self.read_tokens(prompts)
+        activations, modality = self.read_tokens(prompts, outliers=self.outliers)
         for code, group in GROUP_OF_MODALITY.items():
             self.tokens_read[group] += int((modality == code).sum())
         for name, pool in self._pools.items():
@@ -198,39 +215,56 @@ class MultimodalActivationsStore(ActivationsStore):
 
     # ---- reading -----------------------------------------------------------------------------------------------------
 
-    def read_tokens(self, prompts: PromptBatch) -> LabelledBatch:
-        """Run the model up to the hook, and keep the tokens to train on.
+    def read_tokens(self, prompts: PromptBatch, *, outliers: Counter[str] | None = None) -> LabelledBatch:
+        """Run the model up to the hook, and keep the tokens to train on; those left out for their norm are counted.
 
         Raises:
             SAEMismatchError: the activations have another width than the SAE.
             ConfigError: the activations are not one vector of finite numbers for each token.
         """
-        read = read_tokens(self.model, prompts.batch, self.hook_name, self.choice, autocast=self.autocast_lm)
+        read = read_tokens(
+            self.model, prompts.batch, self.hook_name, self.choice, autocast=self.autocast_lm, outliers=outliers
+        )
         width = read.activations.shape[1]
-        if width != self.d_in:
+        if len(read.activations) and width != self.d_in:
             raise SAEMismatchError(
                 f"{self.hook_name} of {self.model.name} gives {width} values a token, but sae.d_in is {self.d_in}; set "
                 f"sae.d_in to {width} or choose another hook."
             )
         return read
 
-    def _iterate_prompt_batches(self) -> Iterator[PromptBatch]:
+    def held_out_batches(self) -> Iterator[PromptBatch]:
+        """The prompts to evaluate on, encoded."""
+        return encoded_batches(
+            self.model,
+            self.source.evaluation(self.cfg.n_eval_prompts),
+            batch_size=self.cfg.eval_batch_prompts,
+            context_size=self.context_size,
+            too_long=self.cfg.too_long,
+        )
+
+    def held_out_tokens(self) -> Iterator[LabelledBatch]:
+        """The tokens to evaluate on."""
+        return (self.read_tokens(batch) for batch in self.held_out_batches())
+
+    def _iterate_prompt_batches(self) -> Generator[PromptBatch, None, None]:
         """Prompts without end, epoch after epoch."""
         while True:
             report = self._report = SkipReport()
             first_row = self._next_row
-            prompts = self.source.epoch(self.epoch, skip_rows=first_row, report=report)
+            batches = self.source.batches(
+                self.model,
+                self.epoch,
+                batch_size=self.store_batch_size_prompts,
+                settings=EncodingSettings(self.context_size, self.cfg.too_long),
+                skip_rows=first_row,
+                report=report,
+                n_workers=self.cfg.n_data_workers,
+            )
             try:
-                for batch in encoded_batches(
-                    self.model,
-                    prompts,
-                    batch_size=self.store_batch_size_prompts,
-                    context_size=self.context_size,
-                    report=report,
-                ):
-                    row = batch.prompts[-1].row + 1
-                    self.n_dataset_processed += row - self._next_row
-                    self._next_row = row
+                for batch in batches:
+                    self.n_dataset_processed += batch.next_row - self._next_row
+                    self._next_row = batch.next_row
                     yield batch
             except DatasetError as error:
                 if report.read == 0 and self.source.n_held_out:
@@ -242,7 +276,7 @@ class MultimodalActivationsStore(ActivationsStore):
             self._end_epoch(report, whole=first_row == 0)
 
     def _end_epoch(self, report: SkipReport, *, whole: bool) -> None:
-        self._skipped += report.reasons
+        self._earlier_rows.add(report)
         self._report = SkipReport()
         if whole:
             for name in self._pools:
@@ -255,18 +289,22 @@ class MultimodalActivationsStore(ActivationsStore):
 
     # ---- state -------------------------------------------------------------------------------------------------------
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Where in the dataset the run is. The buffer is not part of it: it is filled anew."""
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the batches to come depend on: the place in the dataset, the generator and the buffer."""
         return {
-            "n_dataset_processed": torch.tensor(self.n_dataset_processed),
-            "epoch": torch.tensor(self.epoch),
-            "next_row": torch.tensor(self._next_row),
+            "n_dataset_processed": self.n_dataset_processed,
+            "epoch": self.epoch,
+            "next_row": self._next_row,
+            "batches_left": self._batches_left,
+            "prompts_since": dict(self._prompts_since),
+            "epoch_tokens": dict(self._epoch_tokens),
             "generator": self._generator.get_state(),
+            "pools": {name: pool.snapshot() for name, pool in self._pools.items()},
         }
 
     def save(self, file_path: str) -> None:
         """Write the state to a safetensors file."""
-        save_file(self.state_dict(), file_path)
+        save_tree(Path(file_path), self.state_dict())
 
     def load(self, file_path: str) -> None:
         """Go on where a saved state was; rows before it are passed over, not decoded.
@@ -274,29 +312,66 @@ class MultimodalActivationsStore(ActivationsStore):
         Raises:
             StoreError: the file is another store's.
         """
-        state = load_file(file_path)
-        missing = set(self.state_dict()) - set(state)
+        self.load_state(load_tree(Path(file_path)), file_path)
+
+    def load_state(self, state: Mapping[str, Any], origin: str = "the state") -> None:
+        """Go on where `state_dict` was.
+
+        Raises:
+            StoreError: it is another store's.
+        """
+        missing = {"n_dataset_processed", "epoch", "next_row", "batches_left", "generator", "pools"} - set(state)
         if missing:
-            raise StoreError(f"{file_path} lacks {sorted(missing)}; give a checkpoint of a multimodal training run.")
-        self.n_dataset_processed = int(state["n_dataset_processed"])
-        self.epoch = int(state["epoch"])
-        self._next_row = int(state["next_row"])
+            raise StoreError(f"{origin} lacks {sorted(missing)}; give a checkpoint of a multimodal training run.")
+        if set(state["pools"]) != set(self._pools):
+            raise StoreError(
+                f"{origin} was written with pools for {sorted(state['pools'])}, this run has {sorted(self._pools)}; "
+                "go on with the same token_shares."
+            )
+        self.n_dataset_processed = state["n_dataset_processed"]
+        self.epoch = state["epoch"]
+        self._next_row = state["next_row"]
+        self._batches_left = state["batches_left"]
+        self._prompts_since = dict(state["prompts_since"])
+        self._epoch_tokens = Counter(state["epoch_tokens"])
         self._generator.set_state(state["generator"])
+        for name, pool in self._pools.items():
+            self._restore_pool(name, pool, state["pools"][name])
         self._prompt_batches = self._iterate_prompt_batches()
+
+    def _restore_pool(self, name: str, pool: Pool, state: Mapping[str, Tensor]) -> None:
+        try:
+            pool.restore(state)
+        except IndexError as error:
+            raise StoreError(
+                f"The checkpoint's buffer of {name} tokens is larger than this run's; go on with the same "
+                "n_batches_in_buffer, train_batch_size_tokens and token_shares."
+            ) from error
 
     def counts(self) -> dict[str, Any]:
         """What was read, dropped and skipped since the run began, as JSON values."""
         return {
             "tokens_read": dict(self.tokens_read),
             "tokens_dropped": self.tokens_dropped,
-            "rows_skipped": dict(self.all_skipped),
+            "tokens_outlying": dict(self.outliers),
+            "rows": self.row_report.to_dict(),
         }
+
+    def finish_reading(self) -> None:
+        """End the threads that read ahead, and list the rows that could not be used; asking for more begins anew."""
+        self._prompt_batches.close()
+        self._prompt_batches = self._iterate_prompt_batches()
+        self._earlier_rows.add(self._report)
+        self._report = SkipReport()
+        for line in self.row_report.lines():
+            logger.warning("%s", line)
 
     def restore_counts(self, counts: Mapping[str, Any]) -> None:
         """Go on counting where `counts` of an earlier part of the run ended; call it before the first batch."""
         self.tokens_read = Counter(counts["tokens_read"])
         self._dropped_before = int(counts["tokens_dropped"])
-        self._skipped = Counter(counts["rows_skipped"])
+        self.outliers = Counter(counts.get("tokens_outlying", {}))
+        self._earlier_rows = SkipReport.from_dict(counts["rows"])
 
     # ---- SAE-Lens's own interface ------------------------------------------------------------------------------------
 
@@ -341,30 +416,6 @@ def token_choice(cfg: MultimodalSAERunnerConfig[Any]) -> TokenChoice:
     return TokenChoice(
         image_tokens=cfg.image_tokens,
         newline_tokens=cfg.newline_tokens,
+        max_norm_ratio=cfg.max_norm_ratio,
         excluded_ids=tuple(excluded) if isinstance(excluded, list) else (),
-    )
-
-
-def open_source(cfg: MultimodalSAERunnerConfig[Any], override_dataset: Rows | None = None) -> PromptSource:
-    """Open a run's dataset and hold some of it out.
-
-    Raises:
-        ConfigError: the configuration names no dataset and none is given.
-        DatasetError: the dataset cannot be opened.
-    """
-    if override_dataset is None and not cfg.dataset_path:
-        raise ConfigError("dataset_path is empty; give a hub name, a folder or a file, or pass override_dataset.")
-    rows = open_dataset(
-        override_dataset if override_dataset is not None else cfg.dataset_path,
-        split=cfg.split,
-        streaming=cfg.streaming,
-        subset=cfg.dataset_subset,
-    )
-    return PromptSource.split(
-        rows,
-        held_out=cfg.n_eval_prompts,
-        seed=cfg.seed,
-        shuffle_buffer_rows=cfg.shuffle_buffer_rows,
-        strict=cfg.strict,
-        image_folder=cfg.image_folder,
     )

@@ -55,6 +55,7 @@ def make_config(tmp_path: Path, model: VisionLanguageModel) -> ConfigMaker:
             "n_batches_in_buffer": 4,
             "store_batch_size_prompts": 4,
             "n_eval_batches": 1,
+            "eval_losses": False,
             "lr": 1e-3,
             "device": "cpu",
             "output_path": str(tmp_path / "sae"),

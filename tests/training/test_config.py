@@ -54,7 +54,6 @@ def test_it_is_a_runner_config_with_fitting_defaults() -> None:
         ("is_dataset_tokenized", True, "raw text and image columns"),
         ("hook_head_index", 0, "whole hook"),
         ("seqpos_slice", (5, -5), "token_shares"),
-        ("use_cached_activations", True, "n_batches_in_buffer"),
         ("model_class_name", "HookedTransformer", "model_name"),
         ("prepend_bos", True, "chat template"),
         ("sequence_separator_token", "bos", "never joined"),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from sae_lens_multimodal.training.metrics import (
+    FeatureUse,
     ReconstructionTotals,
     as_report,
     explained_variance,
@@ -55,15 +57,36 @@ def test_totals_by_hand() -> None:
     assert metrics.n_tokens == 2
     assert metrics.explained_variance == pytest.approx(0.75)
     assert metrics.l0 == 1.5
+    assert metrics.l1 == pytest.approx((0.5 + 0.1 + 2.0) / 2)
     assert metrics.dead_share == 0.5
+    assert metrics.dense_share == 0.5
+    # squared errors 1 + 1, squared sizes 0 + 16; cosine 0 (of a zero vector) and 16 / (4 * sqrt(17))
+    assert metrics.normalised_mse == pytest.approx(2 / 16)
+    assert metrics.cosine == pytest.approx(4 / 17**0.5 / 2)
+
+
+def test_feature_use_by_hand() -> None:
+    image, text = ReconstructionTotals(), ReconstructionTotals()
+    x = torch.randn(4, 2, generator=torch.Generator().manual_seed(0))
+    image.add(x, x, torch.tensor([[1.0, 0, 0, 2], [0, 0, 0, 2], [0, 0, 0, 2], [1, 0, 0, 2]]))
+    text.add(x[:2], x[:2], torch.tensor([[0.0, 3, 0, 1], [0, 0, 0, 0]]))
+    use = FeatureUse.of({"image": image, "text": text}, 4)
+    assert use.density["image"].tolist() == [0.5, 0, 0, 1]
+    assert use.mean["text"].tolist() == [0, 1.5, 0, 0.5]
+    assert use.modality_score.tolist()[:2] == [1, 0]
+    assert np.isnan(use.modality_score[2])
+    assert use.modality_score[3] == pytest.approx(2 / 2.5)
+    assert use.summary() == {"image_only": 1, "text_only": 1, "both": 1, "neither": 1}
+    assert torch.allclose(image.mean, x.double().mean(0))
 
 
 def test_no_tokens_give_no_numbers() -> None:
     totals = ReconstructionTotals()
     totals.add(torch.zeros(0, 2), torch.zeros(0, 2), torch.zeros(0, 4))
-    assert as_report({"text": totals.metrics()}) == {
-        "text": {"n_tokens": 0, "explained_variance": None, "l0": None, "dead_share": None}
-    }
+    report = as_report({"text": totals.metrics()})["text"]
+    assert report.pop("n_tokens") == 0
+    assert len(report) == 7
+    assert set(report.values()) == {None}
 
 
 @given(st.integers(0, 1000), st.lists(st.integers(1, 7), min_size=1, max_size=5), st.floats(0, 1e4))

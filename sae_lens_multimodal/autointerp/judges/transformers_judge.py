@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from itertools import groupby
@@ -76,11 +77,7 @@ class TransformersJudge(Judge):
         """Answer one batch; where it cannot be encoded, its requests one by one."""
         started = time.monotonic()
         try:
-            texts = self.model.answer(
-                [_conversation(request) for request in requests],
-                max_new_tokens=requests[0].max_new_tokens,
-                batch_size=len(requests),
-            )
+            texts, tokens_in = self._generate(requests)
         except torch.OutOfMemoryError as error:
             raise JudgeError(
                 f"{self.id} ran out of memory on a batch of {len(requests)} requests; give a batch_size smaller than "
@@ -91,7 +88,21 @@ class TransformersJudge(Judge):
                 return [outcome for request in requests for outcome in self._answer([request])]
             return [JudgeFailure.of(requests[0], FailureKind.REJECTED, str(error))]
         seconds = (time.monotonic() - started) / len(requests)
-        return [JudgeReply(text=text, tokens_out=self._count(text), seconds=seconds) for text in texts]
+        return [
+            JudgeReply(text=text, tokens_in=n_in, tokens_out=self._count(text), seconds=seconds)
+            for text, n_in in zip(texts, tokens_in, strict=True)
+        ]
+
+    def _generate(self, requests: Sequence[JudgeRequest]) -> tuple[list[str], list[int]]:
+        """Answer one batch as `VisionLanguageModel.answer` does, and count the tokens of each prompt."""
+        batch = self.model.encode([_conversation(request) for request in requests], add_generation_prompt=True)
+        with warnings.catch_warnings():
+            # an edit that holds for all steps ends with the generation, by design
+            warnings.filterwarnings("ignore", message=".*was never reached: the loop asked", category=UserWarning)
+            tokens = self.model.generate(**batch, max_new_tokens=requests[0].max_new_tokens, do_sample=False)
+        new = tokens[:, batch["input_ids"].shape[1] :]
+        texts = [text.strip() for text in self.model.tokenizer.batch_decode(new, skip_special_tokens=True)]
+        return texts, batch["attention_mask"].sum(dim=1).tolist()
 
     def _count(self, text: str) -> int:
         return len(self.model.tokenizer.encode(text, add_special_tokens=False))

@@ -1,0 +1,375 @@
+"""Explaining by contrast: several explanations are proposed, and the one that holds on other examples is kept."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from sae_lens_multimodal.autointerp.explanation import Candidate, Explanation, ModalityName, Shown
+from sae_lens_multimodal.autointerp.judges.base import Judge, JudgeFailure, JudgeRequest
+from sae_lens_multimodal.autointerp.metrics import balanced_accuracy
+from sae_lens_multimodal.autointerp.negatives import Embed, HardNegatives, Place
+from sae_lens_multimodal.autointerp.procedures import Context, Procedure, unparsable
+from sae_lens_multimodal.autointerp.prompts import Meaning
+from sae_lens_multimodal.autointerp.regions import crop, find_regions, heat_of, show
+from sae_lens_multimodal.autointerp.scorers import FuzzingScorer, Item, Sampling
+from sae_lens_multimodal.autointerp.selection import Split, split_examples
+from sae_lens_multimodal.autointerp.texts import marked_text, plain_text, wrongly_marked
+from sae_lens_multimodal.errors import ConfigError
+
+if TYPE_CHECKING:
+    from sae_lens_multimodal.features.example import Example
+
+_JUDGE = FuzzingScorer()
+"""Candidates are tried on regions and marks, as this scorer does."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contrastive(Procedure):
+    """Proposes explanations from regions beside hard negatives, and keeps the one that does best on a validation split.
+
+    A feature's examples are dealt out in three: the explainer sees the first part, the choice is made on the second,
+    and the third is left for `score`, which checks that no prompt and no picture is in two of them. The choice costs
+    one judge call for each candidate and item; it ends as soon as a candidate is good enough.
+    """
+
+    name: ClassVar[str] = "contrastive"
+    n_candidates: int = 3
+    """How many explanations are asked for at once, of explainers that can give several."""
+    n_rounds: int = 2
+    """How often the explainer is asked, from the second time on about other examples, while none is good enough."""
+    n_validation: int = 5
+    """Firing items that a candidate is tried on, and as many silent ones."""
+    good_enough: float = 0.9
+    """Balanced accuracy on the validation split at which the search ends."""
+    least: float = 0.6
+    """Balanced accuracy below which no explanation is kept: the feature has no common meaning then."""
+    neighbours: Mapping[int, Sequence[int]] = field(default_factory=dict, repr=False)
+    """Of each feature the features with the nearest decoder directions, see `decoder_neighbours`."""
+    embed: Embed | None = field(default=None, repr=False)
+    """What makes pictures comparable, to find silent regions that look alike."""
+    embed_name: str = ""
+    """Which embedding that is; recorded with the results."""
+
+    def __post_init__(self) -> None:
+        """Check the settings."""
+        if min(self.n_candidates, self.n_rounds, self.n_validation) < 1:
+            raise ConfigError(
+                f"n_candidates={self.n_candidates}, n_rounds={self.n_rounds}, n_validation={self.n_validation}; each "
+                "must be at least 1."
+            )
+        if not 0 <= self.least <= self.good_enough <= 1:
+            raise ConfigError(
+                f"least={self.least}, good_enough={self.good_enough}; expected 0 <= least <= good_enough."
+            )
+
+    def settings(self) -> dict[str, Any]:
+        """Give the settings; the neighbours as a hash."""
+        near = json.dumps(sorted((key, list(value)) for key, value in self.neighbours.items()))
+        return {
+            "name": self.name,
+            "n_candidates": self.n_candidates,
+            "n_rounds": self.n_rounds,
+            "n_validation": self.n_validation,
+            "good_enough": self.good_enough,
+            "least": self.least,
+            "neighbours": hashlib.sha256(near.encode()).hexdigest()[:12] if self.neighbours else None,
+            "embed": self.embed_name if self.embed is not None else None,
+        }
+
+    def explain(
+        self, judge: Judge, context: Context, keys: Sequence[tuple[int, ModalityName]]
+    ) -> Iterator[Explanation]:
+        """Go through the rounds with all features at once, so that the judge has much to do at a time."""
+        made = (_Search.of(self, context, *key) for key in keys)
+        searches = [search for search in made if search is not None]
+        for number in range(self.n_rounds):
+            self._propose(judge, [one for one in searches if not one.is_settled], number)
+            self._validate(judge, [one for one in searches if not one.is_settled])
+            for search in searches:
+                if not search.is_settled:
+                    search.widen(number)
+            self._validate(judge, [one for one in searches if not one.is_settled])
+        yield from (search.explanation() for search in searches)
+
+    def _propose(self, judge: Judge, searches: Sequence[_Search], number: int) -> None:
+        asked = [(one, request) for one in searches if (request := one.proposal(number)) is not None]
+        for index, outcome in judge.stream([request for _, request in asked]):
+            search, request = asked[index]
+            search.is_asked = True
+            if isinstance(outcome, JudgeFailure):
+                search.failure = outcome
+                continue
+            meanings = search.context.book.read_proposals(outcome.text)
+            if meanings is None:
+                search.failure = unparsable(request, outcome.text)
+            else:
+                search.add(meanings, number)
+
+    def _validate(self, judge: Judge, searches: Sequence[_Search]) -> None:
+        asked: list[tuple[_Tried, int, JudgeRequest]] = []
+        for search in searches:
+            for tried in search.untried():
+                for position, item in enumerate(search.items):
+                    request = _JUDGE.request(search.context.book, tried.meaning.text, item)
+                    if request is not None:
+                        asked.append((tried, position, request))
+        for index, outcome in judge.stream([request for _, _, request in asked]):
+            tried, position, _ = asked[index]
+            reply = None if isinstance(outcome, JudgeFailure) else outcome.text
+            # every search of a call has the same context
+            tried.answers[position] = None if reply is None else searches[0].context.book.read_verdict(reply)
+
+
+@dataclass
+class _Tried:
+    """A candidate, and what the judge said of it."""
+
+    meaning: Meaning
+    round: int
+    answers: dict[int, bool | None] = field(default_factory=dict)
+    """By the item's position; None for a failure."""
+    is_tried: bool = False
+
+
+class _Views(NamedTuple):
+    """What the explainer may be shown of one example."""
+
+    views: list[Image.Image]
+    text: str
+    shown: Shown
+
+
+@dataclass
+class _Search:
+    """The search for one feature's explanation."""
+
+    procedure: Contrastive
+    context: Context
+    feature: int
+    modality: ModalityName
+    active: list[_Views]
+    silent: list[_Views]
+    items: list[Item]
+    image_ids: tuple[str, ...]
+    rng: np.random.Generator
+    candidates: list[_Tried] = field(default_factory=list)
+    shown: list[Shown] = field(default_factory=list)
+    failure: JudgeFailure | None = None
+    is_asked: bool = False
+
+    @classmethod
+    def of(cls, procedure: Contrastive, context: Context, feature: int, modality: ModalityName) -> _Search | None:
+        """Deal the examples out; None where there are none to show."""
+        rng = context.rng(feature, modality)
+        split = split_examples(
+            context.store,
+            feature,
+            modality,
+            n_explain=context.n_examples * procedure.n_rounds,
+            n_validate=procedure.n_validation,
+            n_silent=context.n_contrast,
+            rng=rng,
+        )
+        dealer = _Dealer(procedure, context, feature, rng)
+        active, silent = dealer.shown(split) if modality == "image" else dealer.shown_texts(split)
+        if not active:
+            return None
+        items = dealer.items(split) if modality == "image" else dealer.text_items(split)
+        used = {one.shown.prompt_id for one in (*active, *silent)} | {item.prompt_id for item in items}
+        examples = (*split.explain, *split.explain_silent, *split.validate.firing, *split.validate.silent)
+        names = {name for one in examples if one.prompt_id in used for name in one.image_ids}
+        return cls(procedure, context, feature, modality, active, silent, items, tuple(sorted(names)), rng)
+
+    @property
+    def is_settled(self) -> bool:
+        best = self.best
+        return best is not None and (not self.items or (self.accuracy(best) or 0.0) >= self.procedure.good_enough)
+
+    @property
+    def best(self) -> _Tried | None:
+        """The candidate that did best on the validation split; of equals the first."""
+        tried = [one for one in self.candidates if one.is_tried or not self.items]
+        return max(tried, key=lambda one: self.accuracy(one) or 0.0, default=None)
+
+    def accuracy(self, tried: _Tried) -> float | None:
+        """Balanced accuracy of a candidate, failures wrong; None where nothing could be asked."""
+        if not tried.answers:
+            return None
+        positions = sorted(tried.answers)
+        truths = [self.items[position].truth for position in positions]
+        return balanced_accuracy(truths, [tried.answers[position] for position in positions], failures="wrong")
+
+    def proposal(self, number: int) -> JudgeRequest | None:
+        """Make the request of one round: the strongest examples first, then a choice by chance."""
+        count = min(self.context.n_examples, len(self.active))
+        order = range(count) if number == 0 else sorted(self.rng.permutation(len(self.active))[:count].tolist())
+        active = [self.active[index] for index in order]
+        self.shown += [one.shown for one in (*active, *self.silent) if one.shown not in self.shown]
+        book, n_candidates = self.context.book, self.procedure.n_candidates
+        if self.modality == "image":
+            quiet = [one.views[0] for one in self.silent]
+            return book.propose_images([one.views for one in active], quiet, n_candidates)
+        return book.propose_texts([one.text for one in active], [one.text for one in self.silent], n_candidates)
+
+    def add(self, meanings: Sequence[Meaning], number: int) -> None:
+        known = {one.meaning.text for one in self.candidates}
+        for meaning in meanings:
+            if meaning.text not in known:
+                known.add(meaning.text)
+                self.candidates.append(_Tried(meaning, number))
+
+    def widen(self, number: int) -> None:
+        """Add what is near to the best candidate and can be had without asking the explainer."""
+        best = self.best
+        if best is not None and self.items:
+            self.add(self.context.book.variants(best.meaning), number)
+
+    def untried(self) -> list[_Tried]:
+        fresh = [one for one in self.candidates if not one.is_tried]
+        for one in fresh:
+            one.is_tried = True
+        return fresh if self.items else []
+
+    def explanation(self) -> Explanation:
+        """Say what came of it."""
+        best = self.best
+        kept = best
+        if best is not None and self.items and (self.accuracy(best) or 0.0) < self.procedure.least:
+            kept = None
+        return Explanation(
+            feature=self.feature,
+            text="" if kept is None else kept.meaning.text,
+            label="" if kept is None else kept.meaning.label,
+            modality=self.modality,
+            judge=self.context.judge_id,
+            prompts=self.context.book.version,
+            shown=tuple(self.shown),
+            image_ids=self.image_ids,
+            failure=self.failure if best is None else None,
+            procedure=self.procedure.name,
+            candidates=tuple(self._record(one) for one in self.candidates),
+            validated_on=tuple(
+                Shown(prompt_id=item.prompt_id, active=item.truth, image=item.image, box=item.box, text=item.text)
+                for item in self.items
+            ),
+        )
+
+    def _record(self, one: _Tried) -> Candidate:
+        return Candidate(
+            text=one.meaning.text,
+            label=one.meaning.label,
+            validation=self.accuracy(one),
+            n=len(one.answers),
+            n_failed=sum(answer is None for answer in one.answers.values()),
+            round=one.round,
+        )
+
+
+class _Dealer:
+    """Makes what the explainer sees and what candidates are tried on."""
+
+    def __init__(self, procedure: Contrastive, context: Context, feature: int, rng: np.random.Generator) -> None:
+        self.context, self.feature, self.rng = context, feature, rng
+        self.count = procedure.n_validation
+        self.negatives = HardNegatives(
+            context.store, threshold=context.threshold, neighbours=procedure.neighbours, embed=procedure.embed
+        )
+
+    def shown(self, split: Split) -> tuple[list[_Views], list[_Views]]:
+        """Show each firing example's strongest region, and hard negatives of the same prompts."""
+        style = self.context.book.explain_style
+        active = []
+        for example in split.explain:
+            region = next(iter(find_regions(example, threshold=self.context.threshold)), None)
+            if region is None:
+                continue
+            heat = heat_of(example, region.image) if style.view == "heat" else None
+            views = show(example.images[region.image], region, style, heat=heat)
+            shown = Shown(prompt_id=example.prompt_id, active=True, image=region.image, box=region.box)
+            active.append(_Views(views, "", shown))
+        found = self.negatives.find(
+            self.feature, split.explain, split.explain_silent, self.context.n_contrast, style=style, rng=self.rng
+        )
+        quiet = []
+        for example, region, _ in found:
+            view = crop(example.images[region.image], region, style)
+            shown = Shown(prompt_id=example.prompt_id, active=False, image=region.image, box=region.box)
+            quiet.append(_Views([view], "", shown))
+        return active, quiet
+
+    def items(self, split: Split) -> list[Item]:
+        """Make firing regions and as many hard negatives."""
+        book, validate = self.context.book, split.validate
+        pairs = [
+            (one, found[0]) for one in validate.firing if (found := find_regions(one, threshold=self.context.threshold))
+        ]
+        right = [self._item(Place(example, region, "firing"), truth=True) for example, region in pairs[: self.count]]
+        found = self.negatives.find(
+            self.feature, validate.firing, validate.silent, self.count, style=book.fuzz_style, rng=self.rng
+        )
+        wrong = [self._item(place, truth=False) for place in found]
+        return [*right, *wrong] if right and wrong else []
+
+    def _item(self, place: Place, *, truth: bool) -> Item:
+        example, region, _ = place
+        # a heat map would give the answer away
+        style = self.context.book.fuzz_style
+        style = replace(style, view="crop") if style.view == "heat" else style
+        return Item(
+            truth=truth,
+            prompt_id=example.prompt_id,
+            kind=example.kind,
+            image_ids=tuple(example.image_ids),
+            image=region.image,
+            box=region.box,
+            style=style.for_patches(region.patch_pixels),
+            views=tuple(show(example.images[region.image], region, style)),
+        )
+
+    def shown_texts(self, split: Split) -> tuple[list[_Views], list[_Views]]:
+        """Show each firing example's strongest stretch with its marks, and silent stretches."""
+        active, quiet = [], []
+        for example in split.explain:
+            text = marked_text(example, context=self.context.context, threshold=self.context.threshold)
+            if text is not None:
+                written = self.context.book.mark(text.tokens, text.marked)
+                active.append(_Views([], written, Shown(prompt_id=example.prompt_id, active=True, text=written)))
+        for example in split.explain_silent:
+            text = plain_text(example, self.rng, context=self.context.context)
+            if text is not None:
+                written = self.context.book.mark(text.tokens, text.marked)
+                quiet.append(_Views([], written, Shown(prompt_id=example.prompt_id, active=False, text=written)))
+        return active, quiet
+
+    def text_items(self, split: Split) -> list[Item]:
+        """Make right marks, and wrong ones: of the same texts and of silent texts in turn."""
+        book, context = self.context.book, self.context
+        right, same, other = [], [], []
+        for example in split.validate.firing:
+            text = marked_text(example, context=context.context, threshold=context.threshold)
+            if text is None:
+                continue
+            right.append(self._text_item(example, book.mark(text.tokens, text.marked), truth=True))
+            wrong = wrongly_marked(text, self.rng, markable=book.markable)
+            if wrong is not None:
+                same.append(self._text_item(example, book.mark(wrong.tokens, wrong.marked), truth=False))
+        for example in split.validate.silent:
+            plain = plain_text(example, self.rng, context=context.context)
+            one_mark = None if plain is None else replace(plain, marked=(True, *plain.marked[1:]))
+            wrong = None if one_mark is None else wrongly_marked(one_mark, self.rng, markable=book.markable)
+            if wrong is not None:
+                other.append(self._text_item(example, book.mark(wrong.tokens, wrong.marked), truth=False))
+        n_same = max(len(right) - len(other), (len(right) + 1) // 2)
+        wrongs = [*same[:n_same], *other][: len(right)]
+        return [*right, *wrongs] if right and wrongs else []
+
+    def _text_item(self, example: Example, text: str, *, truth: bool) -> Item:
+        ids = tuple(example.image_ids)
+        return Item(truth=truth, prompt_id=example.prompt_id, kind=example.kind, image_ids=ids, text=text)

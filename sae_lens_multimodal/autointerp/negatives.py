@@ -1,0 +1,200 @@
+"""Hard negatives: regions that look like those where a feature fires, and on which it is known to be silent."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+
+import numpy as np
+from jaxtyping import Float
+from PIL import Image
+
+from sae_lens_multimodal.autointerp.regions import Region, crop, find_regions, silent_region
+from sae_lens_multimodal.errors import FeatureError
+
+if TYPE_CHECKING:
+    from sae_lens import SAE
+
+    from sae_lens_multimodal.autointerp.styles import RegionStyle
+    from sae_lens_multimodal.features.example import Example
+    from sae_lens_multimodal.features.store import FeatureStore
+
+Embed: TypeAlias = Callable[[Sequence[Image.Image]], Float[np.ndarray, "n d"]]
+"""Gives one vector for each picture."""
+
+TRIED_REGIONS = 4
+"""So many regions of a silent picture are compared with those where the feature fires."""
+
+
+class Place(NamedTuple):
+    """A region of one prompt's picture."""
+
+    example: Example
+    region: Region
+    source: str
+    """Of which kind it is: same picture, neighbour or similar."""
+
+
+class HardNegatives:
+    """Finds regions on which a feature is silent, the confusing ones first.
+
+    - `same picture`: another region of a picture in which it fires, as large, with much detail.
+    - `neighbour`: where a feature of nearly the same decoder direction fires.
+    - `similar`: of pictures in which it is silent, the regions that look most like those where it fires.
+
+    Args:
+        store: the features and their examples.
+        threshold: share of an example's strongest activation from which on a patch belongs to a region.
+        neighbours: of each feature the features with the nearest decoder directions, nearest first, as
+            `decoder_neighbours` gives them; without them there are none of the second kind.
+        embed: what makes pictures comparable; without it regions with much detail are taken.
+    """
+
+    def __init__(
+        self,
+        store: FeatureStore,
+        *,
+        threshold: float = 0.5,
+        neighbours: Mapping[int, Sequence[int]] | None = None,
+        embed: Embed | None = None,
+    ) -> None:
+        self.store = store
+        self.threshold = threshold
+        self.neighbours = neighbours or {}
+        self.embed = embed
+
+    def find(
+        self,
+        feature: int,
+        firing: Sequence[Example],
+        silent: Sequence[Example],
+        count: int,
+        *,
+        style: RegionStyle,
+        rng: np.random.Generator,
+    ) -> list[Place]:
+        """Find regions of the given prompts; of each kind in turn, as far as there are any.
+
+        Args:
+            feature: which feature.
+            firing: prompts in which it fires.
+            silent: prompts in which it is silent.
+            count: how many at most.
+            style: how they will be shown: their margins are silent, too.
+            rng: source of the choices.
+        """
+        pairs = [(one, regions[0]) for one in firing if (regions := find_regions(one, threshold=self.threshold))]
+        kinds = [
+            self._of_same_pictures(pairs, style, rng),
+            self._of_neighbours(feature, firing, silent),
+            self._similar(pairs, silent, style, rng),
+        ]
+        return in_turn(kinds, count)
+
+    def _of_same_pictures(
+        self, pairs: Sequence[tuple[Example, Region]], style: RegionStyle, rng: np.random.Generator
+    ) -> list[Place]:
+        found = []
+        for example, region in pairs:
+            other = silent_region(example, region, rng, margin_pixels=style.margin_pixels)
+            if other is not None:
+                found.append(Place(example, other, "same picture"))
+        return found
+
+    def _of_neighbours(self, feature: int, firing: Sequence[Example], silent: Sequence[Example]) -> list[Place]:
+        own = {one.prompt_id: one for one in (*silent, *firing)}
+        found = []
+        for other in self.neighbours.get(feature, ()):
+            for example in self._firing_examples(other):
+                mine = own.get(example.prompt_id)
+                region = next(iter(find_regions(example, threshold=self.threshold)), None)
+                if mine is not None and region is not None and _is_silent(mine, region):
+                    found.append(Place(example, region, "neighbour"))
+                    del own[example.prompt_id]
+        return found
+
+    def _firing_examples(self, feature: int) -> list[Example]:
+        try:
+            return [*self.store.examples(feature, "top", "image"), *self.store.examples(feature, "ordinary", "image")]
+        except FeatureError:  # a store of some features only need not hold the neighbours of all of them
+            return []
+
+    def _similar(
+        self,
+        pairs: Sequence[tuple[Example, Region]],
+        silent: Sequence[Example],
+        style: RegionStyle,
+        rng: np.random.Generator,
+    ) -> list[Place]:
+        if not pairs:
+            return []
+        places = []
+        for number, example in enumerate(one for one in silent if one.images):
+            like = replace(pairs[number % len(pairs)][1], image=int(rng.integers(len(example.images))))
+            tries = TRIED_REGIONS if self.embed is not None else 1
+            drawn = (silent_region(example, like, rng, margin_pixels=style.margin_pixels) for _ in range(tries))
+            places.append([Place(example, region, "similar") for region in drawn if region is not None])
+        if self.embed is None:
+            return [group[0] for group in places if group]
+        return self._nearest(self.embed, pairs, [group for group in places if group], style)
+
+    def _nearest(
+        self,
+        embed: Embed,
+        pairs: Sequence[tuple[Example, Region]],
+        groups: Sequence[Sequence[Place]],
+        style: RegionStyle,
+    ) -> list[Place]:
+        """Take of every picture the region nearest to where the feature fires, the nearest of all first."""
+        flat = [place for group in groups for place in group]
+        if not flat:
+            return []
+        where = _unit(embed([crop(one.images[region.image], region, style) for one, region in pairs])).mean(axis=0)
+        candidates = embed([crop(place.example.images[place.region.image], place.region, style) for place in flat])
+        nearness = dict(zip(map(id, flat), (_unit(candidates) @ where).tolist(), strict=True))
+        best = [max(group, key=lambda place: nearness[id(place)]) for group in groups]
+        return sorted(best, key=lambda place: -nearness[id(place)])
+
+
+def _unit(vectors: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:
+    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return np.asarray(vectors / np.where(lengths > 0, lengths, 1.0))
+
+
+def _is_silent(mine: Example, region: Region, *, silence: float = 0.05) -> bool:
+    """Tell whether a feature is silent on every patch that a region touches, of both views."""
+    if mine.kind == "silent":
+        return True
+    touched = mine.layout.tokens_in(region.box, image=region.image, min_overlap=0.0, view="all").numpy()
+    return bool((mine.image_values[touched] <= silence * mine.max_image).all())
+
+
+def in_turn(kinds: Sequence[Sequence[Place]], count: int) -> list[Place]:
+    """Take from several lists in turn, each prompt once a list, until there are enough."""
+    taken: list[Place] = []
+    queues = [list(kind) for kind in kinds]
+    while len(taken) < count and any(queues):
+        for queue in queues:
+            if queue and len(taken) < count:
+                taken.append(queue.pop(0))
+    return taken
+
+
+def decoder_neighbours(sae: SAE, features: Iterable[int], *, count: int = 4) -> dict[int, list[int]]:
+    """Find for some features those whose decoder directions are nearest by cosine.
+
+    Args:
+        sae: any SAE-Lens SAE.
+        features: which.
+        count: how many neighbours of each.
+    """
+    directions = sae.W_dec.detach().float()
+    directions = directions / directions.norm(dim=1, keepdim=True).clamp(min=1e-12)
+    found: dict[int, list[int]] = defaultdict(list)
+    for feature in features:
+        nearness = directions @ directions[feature]
+        nearness[feature] = -2.0
+        found[feature] = nearness.topk(min(count, len(nearness) - 1)).indices.tolist()
+    return dict(found)

@@ -1,0 +1,66 @@
+"""Doing work ahead of its consumer in threads, in order."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
+
+In = TypeVar("In")
+Out = TypeVar("Out")
+
+_END: Any = object()
+
+
+def ordered_map(
+    function: Callable[[In], Out], items: Iterable[In], *, workers: int, ahead: int, name: str = "data"
+) -> Generator[Out, None, None]:
+    """Give what `map(function, items)` gives, worked out by threads while the consumer does something else.
+
+    One thread reads `items`, so they need not be thread-safe; `workers` threads apply the function. Results come in
+    the order of the items however long each takes; an exception of the items or of the function is raised when it is
+    the turn of its result, after all results before it. When the iterator is closed or garbage-collected, what waits is
+    cancelled and what runs is waited for; no thread is left.
+
+    Args:
+        function: What to do with each item; called from several threads at once.
+        items: The items; closed at the end if they are a generator.
+        workers: Threads that apply the function; 0 to do everything in the caller's thread when it is asked for.
+        ahead: How many items are taken before their results are asked for, at most.
+        name: The beginning of the threads' names.
+
+    Example:
+        >>> list(ordered_map(lambda number: number * 2, range(5), workers=2, ahead=3))
+        [0, 2, 4, 6, 8]
+    """
+    if workers == 0:
+        yield from map(function, items)
+        return
+    source = iter(items)
+    reader = ThreadPoolExecutor(1, thread_name_prefix=f"{name}-read")
+    pool = ThreadPoolExecutor(workers, thread_name_prefix=name)
+    waiting: deque[Future[Out]] = deque()
+
+    def submit() -> None:
+        # Reading is a task too: its exception then waits for its turn.
+        waiting.append(pool.submit(_apply, function, reader.submit(next, source, _END)))
+
+    try:
+        for _ in range(max(ahead, 1)):
+            submit()
+        while (result := waiting.popleft().result()) is not _END:
+            submit()
+            yield result
+    finally:
+        for executor in (reader, pool):
+            executor.shutdown(wait=False, cancel_futures=True)
+        for executor in (reader, pool):
+            executor.shutdown(wait=True)
+        if isinstance(source, Generator):
+            source.close()
+
+
+def _apply(function: Callable[[In], Out], item: Future[In]) -> Out:
+    value = item.result()
+    return _END if value is _END else function(value)
