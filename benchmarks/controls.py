@@ -1,7 +1,7 @@
 """How well features that are found by themselves control answers, on scenes that the search never saw.
 
-    python benchmarks/controls.py concepts --hook blocks.4.hook_resid_post
-    python benchmarks/controls.py repair --hook blocks.2.hook_resid_post
+    python benchmarks/controls.py concepts
+    python benchmarks/controls.py repair
 
 `concepts`: make the model answer a colour or a shape. `repair`: yes/no questions that lead the model to say yes to
 absent objects (after POPE: any object, an often seen one, one that is half there), beside the best single threshold on
@@ -167,8 +167,10 @@ def main() -> None:
     """Run one of the two cases."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("case", choices=("concepts", "repair"))
-    parser.add_argument("--hook", default="blocks.3.hook_resid_post")
-    parser.add_argument("--place", default="last", choices=("all", "image", "text", "last"), help="where to steer")
+    parser.add_argument("--hook", help="default: block 3 for concepts, block 2 for repair")
+    parser.add_argument(
+        "--place", choices=("all", "image", "text", "last"), help="where to steer (default: last; text for repair)"
+    )
     parser.add_argument("--tokens", type=int, default=200_000, help="tokens that the SAE is trained on")
     parser.add_argument("--sae", type=Path, help="folder of an SAE to use instead")
     parser.add_argument("--prompts", type=int, default=48, help="of each sort; half are held out")
@@ -178,6 +180,9 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=24)
     parser.add_argument("--only", nargs="+", help="concepts: only these attributes")
     options = parser.parse_args()
+    concept = options.case == "concepts"
+    options.hook = options.hook or f"blocks.{3 if concept else 2}.hook_resid_post"
+    options.place = options.place or ("last" if concept else "text")
     torch.set_num_threads(1)
     model = load_model(model_folder())
     sae = SAE.load_from_disk(options.sae) if options.sae else cached_sae(model, options.hook, options.tokens)

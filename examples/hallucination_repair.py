@@ -18,9 +18,9 @@ from sae_lens_multimodal.scenes import model_folder
 from sae_lens_multimodal.scenes.control_cases import absent_prompts, present_prompts
 
 model = load_model(model_folder())
-folder = Path("output/sae-middle")
+folder = Path("output/sae-early")
 if not folder.exists():
-    train_sae(model, replace(DemoSettings(), hook_name="blocks.3.hook_resid_post", training_tokens=200_000), folder)
+    train_sae(model, replace(DemoSettings(), hook_name="blocks.2.hook_resid_post", training_tokens=200_000), folder)
 sae = SAE.load_from_disk(folder)
 
 # %%
@@ -39,7 +39,7 @@ repair = find_controls(
     wanted="no",
     unwanted="yes",
     guard=[one.conversation for one in right],
-    tokens="last",
+    tokens="text",
     steps="prefill",
     settings=SearchSettings(max_new_tokens=2, max_side_effects=0.02),
     progress=True,

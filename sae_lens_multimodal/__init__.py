@@ -18,11 +18,18 @@ if TYPE_CHECKING:
     from sae_lens_multimodal.autointerp.score import score as score
     from sae_lens_multimodal.features.harvest import harvest as harvest
     from sae_lens_multimodal.features.store import FeatureStore as FeatureStore
+    from sae_lens_multimodal.hooks.attribute import attribute as attribute
+    from sae_lens_multimodal.hooks.attribution_check import check_attribution as check_attribution
     from sae_lens_multimodal.hooks.changes import Ablate as Ablate
     from sae_lens_multimodal.hooks.changes import Add as Add
     from sae_lens_multimodal.hooks.changes import Scale as Scale
     from sae_lens_multimodal.hooks.changes import Set as Set
+    from sae_lens_multimodal.hooks.controls import SearchSettings as SearchSettings
+    from sae_lens_multimodal.hooks.controls import find_controls as find_controls
     from sae_lens_multimodal.hooks.dose import dose_response as dose_response
+    from sae_lens_multimodal.hooks.edges import attribute_edges as attribute_edges
+    from sae_lens_multimodal.hooks.metrics import ContinuationLogProbability as ContinuationLogProbability
+    from sae_lens_multimodal.hooks.metrics import LogitDifference as LogitDifference
     from sae_lens_multimodal.hooks.places import BoxTokens as BoxTokens
     from sae_lens_multimodal.hooks.places import ImageTokens as ImageTokens
     from sae_lens_multimodal.hooks.read import read_activations as read_activations
@@ -46,23 +53,30 @@ _HOMES = {
     "Ablate": "hooks.changes",
     "Add": "hooks.changes",
     "BoxTokens": "hooks.places",
+    "ContinuationLogProbability": "hooks.metrics",
     "EncodedBatch": "adapters.batch",
     "FeatureStore": "features.store",
     "ImageTokens": "hooks.places",
+    "LogitDifference": "hooks.metrics",
     "Modality": "types",
     "MultimodalSAERunnerConfig": "training.config",
     "MultimodalSAETrainingRunner": "training.runner",
     "Scale": "hooks.changes",
+    "SearchSettings": "hooks.controls",
     "Set": "hooks.changes",
     "SteeringVector": "hooks.vectors",
     "TokenLayout": "adapters.layout",
     "VisionLanguageModel": "adapters.model",
+    "attribute": "hooks.attribute",
+    "attribute_edges": "hooks.edges",
     "build_dose_report": "report.dose",
     "build_report": "report.build",
     "cache_activations": "training.cache",
+    "check_attribution": "hooks.attribution_check",
     "dose_response": "hooks.dose",
     "evaluate": "training.evaluation",
     "explain": "autointerp.explain",
+    "find_controls": "hooks.controls",
     "harvest": "features.harvest",
     "load_model": "adapters.model",
     "load_published_sae": "training.published",

@@ -18,7 +18,7 @@ from sae_lens_multimodal.autointerp.negatives import Embed, HardNegatives, Place
 from sae_lens_multimodal.autointerp.procedures import Context, Procedure, unparsable
 from sae_lens_multimodal.autointerp.prompts import Meaning
 from sae_lens_multimodal.autointerp.regions import crop, find_regions, heat_of, show
-from sae_lens_multimodal.autointerp.scorers import FuzzingScorer, Item, Sampling
+from sae_lens_multimodal.autointerp.scorers import FuzzingScorer, Item
 from sae_lens_multimodal.autointerp.selection import Split, split_examples
 from sae_lens_multimodal.autointerp.texts import marked_text, plain_text, wrongly_marked
 from sae_lens_multimodal.errors import ConfigError
@@ -26,6 +26,8 @@ from sae_lens_multimodal.errors import ConfigError
 if TYPE_CHECKING:
     from sae_lens_multimodal.features.example import Example
 
+N_FINALISTS = 2
+"""So many of the candidates that are tried together are tried on all items; the others on half of them."""
 _JUDGE = FuzzingScorer()
 """Candidates are tried on regions and marks, as this scorer does."""
 
@@ -36,14 +38,15 @@ class Contrastive(Procedure):
 
     A feature's examples are dealt out in three: the explainer sees the first part, the choice is made on the second,
     and the third is left for `score`, which checks that no prompt and no picture is in two of them. The choice costs
-    one judge call for each candidate and item; it ends as soon as a candidate is good enough.
+    one judge call for each candidate and item, for all but the best candidates half of that; it ends as soon as one is
+    good enough.
     """
 
     name: ClassVar[str] = "contrastive"
     n_candidates: int = 3
     """How many explanations are asked for at once, of explainers that can give several."""
-    n_rounds: int = 2
-    """How often the explainer is asked, from the second time on about other examples, while none is good enough."""
+    n_rounds: int = 4
+    """How often the explainer is asked while none is good enough, each time about half as many examples, drawn anew."""
     n_validation: int = 5
     """Firing items that a candidate is tried on, and as many silent ones."""
     good_enough: float = 0.9
@@ -113,18 +116,25 @@ class Contrastive(Procedure):
                 search.add(meanings, number)
 
     def _validate(self, judge: Judge, searches: Sequence[_Search]) -> None:
-        asked: list[tuple[_Tried, int, JudgeRequest]] = []
-        for search in searches:
-            for tried in search.untried():
-                for position, item in enumerate(search.items):
-                    request = _JUDGE.request(search.context.book, tried.meaning.text, item)
-                    if request is not None:
-                        asked.append((tried, position, request))
-        for index, outcome in judge.stream([request for _, _, request in asked]):
-            tried, position, _ = asked[index]
+        """Try new candidates on every other item, and those that did best there on the rest."""
+        fresh = [(search, search.untried()) for search in searches]
+        self._try(judge, [(search, one, search.first_items) for search, new in fresh for one in new])
+        best = [(search, one) for search, new in fresh for one in search.leading(new)]
+        self._try(judge, [(search, one, search.other_items) for search, one in best])
+        for _, one in best:
+            one.is_tried = True
+
+    def _try(self, judge: Judge, tests: Sequence[tuple[_Search, _Tried, Sequence[int]]]) -> None:
+        asked: list[tuple[_Search, _Tried, int, JudgeRequest]] = []
+        for search, tried, positions in tests:
+            for position in positions:
+                request = _JUDGE.request(search.context.book, tried.meaning.text, search.items[position])
+                if request is not None:
+                    asked.append((search, tried, position, request))
+        for index, outcome in judge.stream([request for *_, request in asked]):
+            search, tried, position, _ = asked[index]
             reply = None if isinstance(outcome, JudgeFailure) else outcome.text
-            # every search of a call has the same context
-            tried.answers[position] = None if reply is None else searches[0].context.book.read_verdict(reply)
+            tried.answers[position] = None if reply is None else search.context.book.read_verdict(reply)
 
 
 @dataclass
@@ -135,7 +145,9 @@ class _Tried:
     round: int
     answers: dict[int, bool | None] = field(default_factory=dict)
     """By the item's position; None for a failure."""
+    is_begun: bool = False
     is_tried: bool = False
+    """On all items: only such a candidate can be kept."""
 
 
 class _Views(NamedTuple):
@@ -172,7 +184,7 @@ class _Search:
             context.store,
             feature,
             modality,
-            n_explain=context.n_examples * procedure.n_rounds,
+            n_explain=context.n_examples + 3,
             n_validate=procedure.n_validation,
             n_silent=context.n_contrast,
             rng=rng,
@@ -204,11 +216,14 @@ class _Search:
             return None
         positions = sorted(tried.answers)
         truths = [self.items[position].truth for position in positions]
-        return balanced_accuracy(truths, [tried.answers[position] for position in positions], failures="wrong")
+        found = balanced_accuracy(truths, [tried.answers[position] for position in positions], failures="wrong")
+        # equal shares must be equal numbers: the first of equals is kept
+        return None if found is None else round(found, 9)
 
     def proposal(self, number: int) -> JudgeRequest | None:
         """Make the request of one round: the strongest examples first, then a choice by chance."""
-        count = min(self.context.n_examples, len(self.active))
+        # later rounds show fewer: one example that does not belong hides what the others share
+        count = min(-(-self.context.n_examples // 2**number), len(self.active))
         order = range(count) if number == 0 else sorted(self.rng.permutation(len(self.active))[:count].tolist())
         active = [self.active[index] for index in order]
         self.shown += [one.shown for one in (*active, *self.silent) if one.shown not in self.shown]
@@ -232,10 +247,25 @@ class _Search:
             self.add(self.context.book.variants(best.meaning), number)
 
     def untried(self) -> list[_Tried]:
-        fresh = [one for one in self.candidates if not one.is_tried]
+        """Give the candidates that no item was asked about yet, and count them as begun."""
+        fresh = [one for one in self.candidates if not one.is_begun]
         for one in fresh:
-            one.is_tried = True
+            one.is_begun = True
         return fresh if self.items else []
+
+    @property
+    def first_items(self) -> Sequence[int]:
+        """Positions of every other item: of both kinds, see `_alternated`."""
+        return range(0, len(self.items), 2)
+
+    @property
+    def other_items(self) -> Sequence[int]:
+        """Positions of the others."""
+        return range(1, len(self.items), 2)
+
+    def leading(self, tried: Sequence[_Tried]) -> list[_Tried]:
+        """Give those that did best on the first items, at most `N_FINALISTS`; of equals the first."""
+        return sorted(tried, key=lambda one: -(self.accuracy(one) or 0.0))[:N_FINALISTS]
 
     def explanation(self) -> Explanation:
         """Say what came of it."""
@@ -315,7 +345,7 @@ class _Dealer:
             self.feature, validate.firing, validate.silent, self.count, style=book.fuzz_style, rng=self.rng
         )
         wrong = [self._item(place, truth=False) for place in found]
-        return [*right, *wrong] if right and wrong else []
+        return _alternated(right, wrong)
 
     def _item(self, place: Place, *, truth: bool) -> Item:
         example, region, _ = place
@@ -368,8 +398,18 @@ class _Dealer:
                 other.append(self._text_item(example, book.mark(wrong.tokens, wrong.marked), truth=False))
         n_same = max(len(right) - len(other), (len(right) + 1) // 2)
         wrongs = [*same[:n_same], *other][: len(right)]
-        return [*right, *wrongs] if right and wrongs else []
+        return _alternated(right, wrongs)
 
     def _text_item(self, example: Example, text: str, *, truth: bool) -> Item:
         ids = tuple(example.image_ids)
         return Item(truth=truth, prompt_id=example.prompt_id, kind=example.kind, image_ids=ids, text=text)
+
+
+def _alternated(right: Sequence[Item], wrong: Sequence[Item]) -> list[Item]:
+    """Put two kinds of items in pairs that take turns, so that every other item is of both kinds; none without both."""
+    if not right or not wrong:
+        return []
+    pairs = [
+        list(kind[start : start + 2]) for start in range(0, max(len(right), len(wrong)), 2) for kind in (right, wrong)
+    ]
+    return [item for pair in pairs for item in pair]

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple, TypeAlias
 
 import numpy as np
+from jaxtyping import Float64
 
 Failures: TypeAlias = Literal["missing", "wrong"]
 """Whether a question without a usable answer is left out, or counts as answered wrongly."""
@@ -104,6 +105,27 @@ def bootstrap_mean(
     means = numbers[draws].mean(axis=1)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return Interval(float(numbers.mean()), float(low), float(high), len(numbers))
+
+
+def spearman(left: Sequence[float], right: Sequence[float]) -> float | None:
+    """Rank correlation (Spearman 1904), equal values with the mean of their ranks.
+
+    Returns:
+        None where there are fewer than two values, or all of one side are equal.
+
+    Example:
+        >>> round(spearman([1, 2, 3, 4], [10, 20, 40, 30]), 6), spearman([1, 1], [1, 2])
+        (0.8, None)
+    """
+    if len(left) < 2 or len(set(left)) < 2 or len(set(right)) < 2:
+        return None
+    return float(np.corrcoef(_ranks(left), _ranks(right))[0, 1])
+
+
+def _ranks(values: Sequence[float]) -> Float64[np.ndarray, "n"]:
+    _, place, count = np.unique(np.asarray(values, dtype=np.float64), return_inverse=True, return_counts=True)
+    last = count.cumsum()
+    return np.asarray((last - (count - 1) / 2)[place])
 
 
 def derangement(texts: Sequence[str], *, seed: int) -> list[int | None]:

@@ -105,7 +105,7 @@ class PromptBook(ABC):
         return self.explain_texts(active, silent)
 
     def read_proposals(self, reply: str) -> list[Meaning] | None:
-        """Read the reply to the two questions above: explanations, the likeliest first; none where nothing is shared."""
+        """Read the reply to the two questions above: the likeliest explanation first; none where nothing is shared."""
         meaning = self.read_meaning(reply)
         return None if meaning is None else [meaning] if meaning.common else []
 
@@ -129,6 +129,22 @@ class PromptBook(ABC):
     @abstractmethod
     def fuzz_text(self, explanation: str, text: str) -> JudgeRequest | None:
         """Ask whether the marked words are what the explanation says."""
+
+    def intruder(self, views: Sequence[Image.Image]) -> JudgeRequest | None:
+        """Ask which of several regions does not belong to the others; None in a book without words for that."""
+        del views
+
+    def read_intruder(self, reply: str, count: int) -> int | None:
+        """Read which one it is, from 0."""
+        del reply, count
+
+    def simulate(self, explanation: str, picture: Image.Image, rows: int, columns: int) -> JudgeRequest | None:
+        """Ask how well each cell of a grid over a picture fits; None in a book that can only ask about one region."""
+        del explanation, picture, rows, columns
+
+    def read_grid(self, reply: str, rows: int, columns: int) -> list[list[float]] | None:
+        """Read one number for each cell."""
+        del reply, rows, columns
 
     @abstractmethod
     def read_verdict(self, reply: str) -> bool | None:
@@ -300,6 +316,48 @@ class GeneralPrompts(PromptBook):
             return answer
         bare = answer.strip(" \n.!\"'").casefold() if isinstance(answer, str) else ""
         return {"yes": True, "no": False}.get(bare)
+
+    def intruder(self, views: Sequence[Image.Image]) -> JudgeRequest:
+        """Show the regions numbered from 1."""
+        parts: list[Part] = ["All but one of these regions have something in common."]
+        for number, view in enumerate(views, start=1):
+            parts += [f"Region {number}:", view]
+        parts.append(
+            'Which one does not belong? Answer with one JSON object and nothing else: {"intruder": the number of the '
+            "region}."
+        )
+        return self._request(parts, self.verdict_tokens)
+
+    def read_intruder(self, reply: str, count: int) -> int | None:
+        """Read the JSON object, or a bare number; it must be that of a region shown."""
+        found = json_object(reply)
+        answer = reply.strip(" \n.") if found is None else found.get("intruder")
+        if isinstance(answer, str) and answer.isdecimal():
+            answer = int(answer)
+        is_number = isinstance(answer, int) and not isinstance(answer, bool)
+        return answer - 1 if is_number and isinstance(answer, int) and 1 <= answer <= count else None
+
+    def simulate(self, explanation: str, picture: Image.Image, rows: int, columns: int) -> JudgeRequest:
+        """Ask for a grid of numbers from 0 to 9."""
+        question = (
+            f"Description: {explanation}\nLay a grid of {rows} rows and {columns} columns over the picture. How well does "
+            "each cell fit the description, from 0 (not at all) to 9 (fully)? Answer with one JSON object and nothing "
+            f'else: {{"grid": {rows} lists of {columns} whole numbers, from the top row down}}.'
+        )
+        return self._request([picture, question], self.verdict_tokens + 4 * rows * columns)
+
+    def read_grid(self, reply: str, rows: int, columns: int) -> list[list[float]] | None:
+        """Read the JSON object; a grid of another size or with other numbers is none."""
+        found = json_object(reply)
+        grid = None if found is None else found.get("grid")
+        if not isinstance(grid, list) or len(grid) != rows:
+            return None
+        for row in grid:
+            if not isinstance(row, list) or len(row) != columns:
+                return None
+            if not all(isinstance(cell, int | float) and not isinstance(cell, bool) and 0 <= cell <= 9 for cell in row):
+                return None
+        return [[float(cell) for cell in row] for row in grid]
 
     def _request(self, parts: Sequence[Part], max_new_tokens: int) -> JudgeRequest:
         return JudgeRequest(parts=tuple(parts), max_new_tokens=max_new_tokens, prompt_version=self.version)

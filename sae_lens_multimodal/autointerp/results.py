@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from sae_lens_multimodal.autointerp.explanation import Explanation, ModalityName
 from sae_lens_multimodal.autointerp.judges.base import JudgeFailure
-from sae_lens_multimodal.autointerp.metrics import CHANCE, Interval, balanced_accuracy, bootstrap_mean, rates
+from sae_lens_multimodal.autointerp.metrics import (
+    CHANCE,
+    Failures,
+    Interval,
+    balanced_accuracy,
+    bootstrap_mean,
+    rates,
+)
+from sae_lens_multimodal.autointerp.quantiles import band_of, rates_by_band
 from sae_lens_multimodal.autointerp.records import lines_of_folder
 from sae_lens_multimodal.autointerp.styles import RegionStyle
 from sae_lens_multimodal.types import Box
@@ -50,6 +58,8 @@ class Verdict:
     failure: JudgeFailure | None
     style: RegionStyle | None = None
     """How the judge saw that part, its margin in pixels; None for a whole picture or a text."""
+    quantile: float | None = None
+    """Of an ordinary example, see `Example.quantile`."""
 
     def to_json(self) -> dict[str, Any]:
         """Give the verdict as JSON values."""
@@ -101,6 +111,10 @@ class Score:
     control_balanced_accuracy: float | None = None
     control_balanced_accuracy_strict: float | None = None
     control_n_failed: int = 0
+    tpr_by_band: Mapping[str, float] = field(default_factory=dict)
+    """Share of yes on firing items of like activation: of the top list, and of quarters of the quantiles."""
+    tpr_by_band_strict: Mapping[str, float] = field(default_factory=dict)
+    """The same, failures counted as wrong."""
 
     @property
     def lift(self) -> float | None:
@@ -172,7 +186,15 @@ def score_of(
         control_balanced_accuracy=balanced_accuracy(control_truths, control_answers),
         control_balanced_accuracy_strict=balanced_accuracy(control_truths, control_answers, failures="wrong"),
         control_n_failed=sum(one.failure is not None for one in other),
+        tpr_by_band=_by_band(own, "missing"),
+        tpr_by_band_strict=_by_band(own, "wrong"),
     )
+
+
+def _by_band(verdicts: Sequence[Verdict], failures: Failures) -> dict[str, float]:
+    firing = [one for one in verdicts if one.truth and one.kind != "silent"]
+    bands = [band_of(one.kind, one.quantile) for one in firing]
+    return rates_by_band(bands, [one.answer for one in firing], failures=failures)
 
 
 def unscored(explanation: Explanation, scorer: str) -> Score:
@@ -221,10 +243,16 @@ class Summary:
     """Over the features that have a score and a control."""
     lift_strict: Interval | None
     """Over all features: failures wrong, and no lift where there is no explanation or no score."""
+    tpr_by_band: Mapping[str, Interval | None] = field(default_factory=dict)
+    """Share of yes on firing items by activation, over the features that have such items."""
 
     def to_json(self) -> dict[str, Any]:
         """Give the summary as JSON values; intervals by name."""
-        return {key: value._asdict() if isinstance(value, Interval) else value for key, value in self.__dict__.items()}
+        values = {
+            key: value._asdict() if isinstance(value, Interval) else value for key, value in self.__dict__.items()
+        }
+        bands = {band: found._asdict() for band, found in self.tpr_by_band.items() if found is not None}
+        return {**values, "tpr_by_band": bands}
 
 
 def summarise(scores: Sequence[Score], *, seed: int = 0, level: float = 0.95) -> list[Summary]:
@@ -259,6 +287,10 @@ def _summary(scores: Sequence[Score], scorer: str, modality: ModalityName, seed:
         control_balanced_accuracy=interval([score.control_balanced_accuracy for score in scores]),
         lift=interval([score.lift for score in scores]),
         lift_strict=interval([_strict(score) for score in scores] if controlled else []),
+        tpr_by_band={
+            band: interval([score.tpr_by_band.get(band) for score in scores])
+            for band in sorted({band for score in scores for band in score.tpr_by_band})
+        },
     )
 
 

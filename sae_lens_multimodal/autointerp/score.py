@@ -206,17 +206,23 @@ def _holds(found: Score, test: _Test, folder: RecordFolder) -> bool:
 
 def _tests(explanations: Sequence[Explanation], scorers: Sequence[Scorer], *, control: bool, seed: int) -> list[_Test]:
     """Make every test; controls are drawn among explanations of the same modality, where there are different ones."""
+    controls = controls_for(explanations, seed=seed)
+    return [
+        _Test(explanation=one, scorer=scorer, control=controls.get(id(one)) if control else None)
+        for one in explanations
+        for scorer in scorers
+    ]
+
+
+def controls_for(explanations: Sequence[Explanation], *, seed: int) -> dict[int, Explanation]:
+    """Draw for each explanation another feature's, of the same modality where there are different ones: by `id`."""
     explained = [one for one in explanations if one.status == "explained"]
     controls: dict[int, Explanation] = {}
     for group in (explained, *([one for one in explained if one.modality == modality] for modality in MODALITIES)):
         for one, other in zip(group, derangement([one.text for one in group], seed=seed), strict=True):
             if other is not None:
                 controls[id(one)] = group[other]
-    return [
-        _Test(explanation=one, scorer=scorer, control=controls.get(id(one)) if control else None)
-        for one in explanations
-        for scorer in scorers
-    ]
+    return controls
 
 
 def _finished(judge: Judge, book: PromptBook, maker: _Maker, tests: Sequence[_Test]) -> Iterator[_Test]:
@@ -258,6 +264,7 @@ def _verdict(book: PromptBook, question: _Question, outcome: Outcome) -> Verdict
         text=item.text,
         failure=failure,
         style=item.style,
+        quantile=item.quantile,
     )
 
 

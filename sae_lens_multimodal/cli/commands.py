@@ -39,8 +39,11 @@ def train(options: Namespace) -> None:
     from sae_lens_multimodal.training.several_config import MultimodalMultiSAERunnerConfig, load_run_config
 
     config = load_run_config(options.config, options.overrides)
-    several = isinstance(config, MultimodalMultiSAERunnerConfig)
-    runner = MultimodalMultiSAETrainingRunner(config) if several else MultimodalSAETrainingRunner(config)
+    runner: MultimodalMultiSAETrainingRunner | MultimodalSAETrainingRunner
+    if isinstance(config, MultimodalMultiSAERunnerConfig):
+        runner = MultimodalMultiSAETrainingRunner(config)
+    else:
+        runner = MultimodalSAETrainingRunner(config)
     runner.run()
     if runner.cfg.output_path is not None:
         _print(str(Path(runner.cfg.output_path).resolve()))

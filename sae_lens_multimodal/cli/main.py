@@ -176,7 +176,7 @@ def _add_attribute(commands: Commands[argparse.ArgumentParser]) -> None:
     attribute.add_argument(
         "--method", choices=("gradient", "grouped_gradients", "integrated_gradients"), default="gradient"
     )
-    attribute.add_argument("--n-steps", type=int, default=8, help="groups or points (default: %(default)s)")
+    attribute.add_argument("--n-steps", type=int, default=4, help="groups or points (default: %(default)s)")
     attribute.add_argument("--top", type=int, default=10, help="features and nodes shown (default: %(default)s)")
     attribute.add_argument("--check", type=int, default=0, metavar="N", help="ablate the top N nodes for real")
     attribute.add_argument("--output", type=Path, help="also write everything to this JSON file")

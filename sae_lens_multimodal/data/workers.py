@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 In = TypeVar("In")
 Out = TypeVar("Out")
@@ -62,5 +62,5 @@ def ordered_map(
 
 
 def _apply(function: Callable[[In], Out], item: Future[In]) -> Out:
-    value = item.result()
-    return _END if value is _END else function(value)
+    value: Any = item.result()
+    return cast("Out", _END) if value is _END else function(value)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from heapq import nlargest
 
 import numpy as np
 from jaxtyping import Float64
@@ -155,14 +156,14 @@ def cross_modal_features(store: FeatureStore, *, min_examples: int = 4, n_words:
 
 
 def _top_words(examples: Iterable[Example], count: int) -> tuple[tuple[str, float], ...]:
-    weights: Counter[str] = Counter()
+    weights: defaultdict[str, float] = defaultdict(float)
     for example in examples:
         is_text = example.prompt.modality[example.positions] == Modality.TEXT
         for position, value in zip(example.positions[is_text], example.values[is_text], strict=True):
             weights[_plain(example.prompt.tokens[position])] += float(value)
     weights.pop("", None)
     total = sum(weights.values()) or 1.0
-    return tuple((word, weight / total) for word, weight in weights.most_common(count))
+    return tuple((word, weight / total) for word, weight in nlargest(count, weights.items(), key=lambda one: one[1]))
 
 
 def _share_with(examples: Sequence[Example], words: set[str]) -> float:

@@ -224,8 +224,7 @@ class _Run:
 
     def begin(self, _module: nn.Module, _args: tuple[Any, ...], inputs: dict[str, Any]) -> None:
         """Work out, before each forward pass, which positions it is about."""
-        # Every worker has plain hooks, so no module has anything to hand over to nnsight: neither those of `_unfollowed`
-        # nor the others.
+        # Every worker has plain hooks, so modules that are followed still have nothing to hand over to nnsight either.
         self.model.interleaver.busy = False
         if self.steering.whole:
             return

@@ -21,6 +21,8 @@ class Plan(NamedTuple):
     """Share of the tokens without an object that stay in the sequence; 1 in the end, as in real use."""
     sparse: float = 0.0
     """Share of steps, falling to none, in which only SPARSE_KEEP of those tokens stay: cheaper, and easier."""
+    new_scenes: int = 0
+    """Scenes of its own that no other phase has seen; 0 for those of the other phases."""
 
 
 SPARSE_KEEP = 0.15

@@ -100,7 +100,7 @@ class Prompter:
 
     def _coloured_shape(self, objects: Sequence[dict[str, str]]) -> q.Question:
         """Ask for a colour with a shape: of one object, or of two, which is the look-up that is learnt last."""
-        first, second = (objects[self.rng.integers(len(objects))] for _ in range(2))
+        first, second = (objects[int(self.rng.integers(len(objects)))] for _ in range(2))
         return q.presence_question(objects, {"colour": first["colour"], "shape": second["shape"]})
 
     def _single(self, objects: Sequence[dict[str, str]]) -> q.Question:

@@ -70,6 +70,16 @@ PLANS: tuple[Plan, ...] = (
         keep=1.0,
         sparse=0.3,
     ),
+    Plan(
+        name="fresh",
+        n_steps=170,
+        sizes={"scene": 6, "crop": 2, "group": 12, "long": 0.5, "text": 2, "mixed": 0.1},
+        rate=6e-4,
+        vision_rate=2e-4,
+        keep=1.0,
+        sparse=0.3,
+        new_scenes=12_000,
+    ),
 )
 """The phases on real pictures, in order; each decays to a learning rate of nothing."""
 
@@ -91,7 +101,7 @@ def train(
     import torch
 
     from sae_lens_multimodal.scenes.joint_phase import train_joint
-    from sae_lens_multimodal.scenes.pool import build_pool
+    from sae_lens_multimodal.scenes.pool import TRAINING_SEED, build_pool
     from sae_lens_multimodal.scenes.text_phase import train_text
     from sae_lens_multimodal.scenes.tiny_config import build_model, save_folder
     from sae_lens_multimodal.scenes.training_state import rank
@@ -113,6 +123,9 @@ def train(
         train_text(model, pool, work, n_steps=steps(TEXT_MORE_STEPS), name="text_more", rate=TEXT_MORE_RATE)
     if only in (None, "joint"):
         for plan in PLANS:
+            if plan.new_scenes:
+                first, count = TRAINING_SEED + N_SCENES, max(400, round(plan.new_scenes * scale))
+                pool = build_pool(work, count, workers=threads, first_seed=first)
             train_joint(model, pool, work, plan._replace(n_steps=steps(plan.n_steps)))
         if rank() == 0:
             save_folder(model, str(output))

@@ -168,7 +168,7 @@ class MultimodalSAERunnerConfig(LanguageModelSAERunnerConfig[SAEConfigT], Generi
             raise ConfigError(f"image_tokens is {self.image_tokens!r}; expected one of {list(get_args(ImageTokens))}.")
         try:
             str_to_dtype(self.dtype)
-            folder = self.checkpoint_path
+            folder: str | None = self.checkpoint_path  # type: ignore[has-type]
             super().__post_init__()
         except ValueError as error:
             raise ConfigError(str(error)) from error

@@ -170,9 +170,9 @@ class MultimodalSAETrainingRunner(LanguageModelSAETrainingRunner):
             if isinstance(error, InterruptedException):
                 # At once, as after a second signal, a step may be half done: then the last checkpoint has to serve.
                 trainer.save_checkpoint(checkpoint_name=str(trainer.n_training_samples))
-            advice = self._how_to_go_on() or "no checkpoint was written yet"
-            logger.warning("%s; %s", done, advice)
-            raise KeyboardInterrupt(f"{done}; {advice}") from error
+            next_step = self._how_to_go_on() or "no checkpoint was written yet"
+            logger.warning("%s; %s", done, next_step)
+            raise KeyboardInterrupt(f"{done}; {next_step}") from error
         except (DatasetError, StoreError) as error:
             advice = self._how_to_go_on()
             if advice is None:

@@ -108,11 +108,11 @@ def spliced_logits(
 
     if replace is None or where is None or not bool(where.any()):
         with model.trace(**inputs):
-            logits = _at_targets(model.output.logits, chosen).save()
+            logits = _at_targets(model.output.logits, chosen).save()  # type: ignore[attr-defined]
     else:
         with model.trace(**inputs):
             model.hooks[hook_name] = spliced()
-            logits = _at_targets(model.output.logits, chosen).save()
+            logits = _at_targets(model.output.logits, chosen).save()  # type: ignore[attr-defined]
     return logits
 
 

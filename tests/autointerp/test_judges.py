@@ -156,7 +156,7 @@ def test_running_out_of_memory_says_what_to_do(model: VisionLanguageModel, monke
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     judge = TransformersJudge(model, batch_size=4)
-    monkeypatch.setattr(judge.model, "answer", full, raising=False)
+    monkeypatch.setattr(judge.model, "generate", full, raising=False)
     with pytest.raises(JudgeError, match="batch_size smaller than 4"):
         judge.ask(REQUEST)
 

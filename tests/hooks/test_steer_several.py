@@ -14,7 +14,8 @@ from sae_lens import SAE
 from torch import Tensor
 
 from sae_lens_multimodal.adapters.batch import EncodedBatch
-from sae_lens_multimodal.adapters.model import VisionLanguageModel
+from sae_lens_multimodal.adapters.model import VisionLanguageModel, load_model
+from sae_lens_multimodal.adapters.random_models import random_llava_next
 from sae_lens_multimodal.errors import ConfigError, SAEMismatchError, SelectionError
 from sae_lens_multimodal.hooks.places import BoxTokens, ImageTokens
 from sae_lens_multimodal.hooks.read import read_activations
@@ -256,8 +257,10 @@ def test_a_remote_run_carries_the_steering(
     assert torch.equal(found, expected)
 
 
-def test_hidden_states_are_those_after_steering(model: VisionLanguageModel, sae: SAE[Any], batch: EncodedBatch) -> None:
-    steered = steer(model, sae, {3: Set(8.0)})
+def test_hidden_states_are_those_after_steering(sae: SAE[Any], batch: EncodedBatch) -> None:
+    # A model of its own: transformers leaves the hooks behind with which it records hidden states.
+    module, processor = random_llava_next()
+    steered = steer(load_model(module, processor=processor), sae, {3: Set(8.0)})
     output = steered.generate(**batch, **GREEDY, output_hidden_states=True)
     assert torch.equal(output.hidden_states[0][1], read_activations(steered, batch, HOOK)[HOOK])
 

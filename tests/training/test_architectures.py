@@ -38,7 +38,11 @@ def test_all_of_them_are_tried() -> None:
 def test_every_architecture_trains_and_is_saved_as_a_plain_sae(
     model: VisionLanguageModel, make_config: Any, rows: list[dict[str, Any]], architecture: str
 ) -> None:
-    changes = {"sae": {"architecture": architecture, **SETTINGS[architecture]}, "training_tokens": 64 * 8}
+    changes = {
+        "sae": {"architecture": architecture, **SETTINGS[architecture]},
+        "training_tokens": 64 * 8,
+        "n_data_workers": 0,
+    }
     runner = MultimodalSAETrainingRunner(make_config(**changes), rows, model)
     before = {name: value.clone() for name, value in runner.sae.state_dict().items()}
     sae = runner.run()
@@ -65,7 +69,13 @@ def test_what_sae_lens_loads_but_does_not_train_is_refused(architecture: str) ->
 def test_modalities_fire_alike_in_a_saved_batchtopk_sae(
     model: VisionLanguageModel, make_config: Any, rows: list[dict[str, Any]]
 ) -> None:
-    changes = {"training_tokens": 64 * 90, "lr": 1e-2, "hook_name": "blocks.0.hook_resid_pre", "n_eval_batches": 0}
+    changes = {
+        "training_tokens": 64 * 90,
+        "lr": 1e-2,
+        "hook_name": "blocks.0.hook_resid_pre",
+        "n_eval_batches": 0,
+        "n_data_workers": 0,
+    }
     sae = {"architecture": "batchtopk", "k": 8, "d_sae": 256}
     runner = MultimodalSAETrainingRunner(make_config(**changes, sae=sae, output_path=None), rows, model)
     balanced = runner.run()

@@ -293,7 +293,7 @@ def test_mistakes_are_found_before_training(
 
 def test_the_vision_tower_has_no_text(model: VisionLanguageModel, make_config: Any, rows: Rows) -> None:
     vision = next(name for name in model.hooks.names() if model.hooks.resolve(name).tower == "vision")
-    with pytest.raises(ConfigError, match="is in the vision tower.* token_shares asks for text"):
+    with pytest.raises(ConfigError, match=r"is in the vision tower.* token_shares asks for text"):
         MultimodalSAETrainingRunner(make_config(hook_name=vision), rows, model)
 
 

@@ -46,6 +46,7 @@ def common(model: VisionLanguageModel, tmp_path: Path) -> dict[str, Any]:
         "output_path": str(tmp_path / "saes"),
         "checkpoint_path": None,
         "progress": False,
+        "n_data_workers": 0,
     }
 
 

@@ -15,7 +15,9 @@ Rows = list[dict[str, Any]]
 
 
 def make_store(model: VisionLanguageModel, make_config: Any, rows: Rows, **changes: Any) -> MultimodalActivationsStore:
-    return MultimodalActivationsStore.from_config(model, make_config(sae={"d_in": model.d_model}, **changes), rows)
+    return MultimodalActivationsStore.from_config(
+        model, make_config(sae={"d_in": model.d_model}, n_data_workers=0, **changes), rows
+    )
 
 
 def test_nothing_beyond_the_hooked_block_is_computed(model: VisionLanguageModel, make_config: Any, rows: Rows) -> None:

@@ -93,6 +93,7 @@ class TransformersJudge(Judge):
             for text, n_in in zip(texts, tokens_in, strict=True)
         ]
 
+    @torch.no_grad()
     def _generate(self, requests: Sequence[JudgeRequest]) -> tuple[list[str], list[int]]:
         """Answer one batch as `VisionLanguageModel.answer` does, and count the tokens of each prompt."""
         batch = self.model.encode([_conversation(request) for request in requests], add_generation_prompt=True)

@@ -38,6 +38,8 @@ class Item:
     """How that part is shown; None for all of it."""
     text: str | None = None
     """Which text, with its marks."""
+    quantile: float | None = None
+    """Of an ordinary example: about which share of the prompts in which the feature fires it fires more weakly in."""
     views: tuple[Image.Image, ...] = field(default=(), repr=False, compare=False)
     """What the judge sees."""
 

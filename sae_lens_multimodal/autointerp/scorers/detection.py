@@ -58,6 +58,7 @@ class DetectionScorer(Scorer):
             truth=truth,
             prompt_id=example.prompt_id,
             kind=example.kind,
+            quantile=example.quantile,
             image_ids=tuple(example.image_ids),
             image=image,
             text=text,

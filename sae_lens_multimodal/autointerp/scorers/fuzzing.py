@@ -55,6 +55,7 @@ class FuzzingScorer(Scorer):
             truth=region is right,
             prompt_id=example.prompt_id,
             kind=example.kind,
+            quantile=example.quantile,
             image_ids=tuple(example.image_ids),
             image=region.image,
             box=region.box,
@@ -76,6 +77,7 @@ class FuzzingScorer(Scorer):
             truth=truth,
             prompt_id=example.prompt_id,
             kind=example.kind,
+            quantile=example.quantile,
             image_ids=tuple(example.image_ids),
             text=book.mark(text.tokens, text.marked),
         )
