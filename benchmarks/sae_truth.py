@@ -61,7 +61,7 @@ def options_of(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--scenes", type=int, default=300, help="rows to compare with the truth")
     parser.add_argument("--floors", action="store_true", help="measure floors as well: random weights, PCA, neurons")
-    parser.add_argument("--save", type=Path, help="folder to keep the SAEs and results.jsonl in")
+    parser.add_argument("--save", dest="folder", type=Path, help="folder to keep the SAEs and results.jsonl in")
     return parser.parse_args(arguments)
 
 
@@ -87,7 +87,7 @@ def train(model: Any, options: argparse.Namespace, run: dict[str, Any], *, is_fl
             "lr_decay_steps": options.tokens // options.batch // 3,
             "n_eval_batches": 0,
             "checkpoint_path": None,
-            "output_path": str(options.save / name_of(run)) if options.save and not is_floor else None,
+            "output_path": str(options.folder / name_of(run)) if options.folder and not is_floor else None,
             "overwrite": True,
             "device": "cpu",
             "seed": run["seed"],
@@ -193,8 +193,8 @@ def main(arguments: list[str] | None = None) -> None:
             if options.floors:
                 sys.stderr.write("\n".join(summary_lines(found["truths"])) + "\n")
             record = {"run": run, "tokens": options.tokens, **{name: found[name] for name in saes}}
-            if options.save:
-                with (options.save / "results.jsonl").open("a", encoding="utf-8") as file:
+            if options.folder:
+                with (options.folder / "results.jsonl").open("a", encoding="utf-8") as file:
                     file.write(json.dumps(record) + "\n")
             across.append(found["sae"])
         if len(across) > 1:

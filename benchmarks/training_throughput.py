@@ -210,7 +210,7 @@ def measure_all(both: Path, alone: Path, steps: int, rounds: int) -> None:
         ours = min(seconds, ours)
         theirs = best(lambda: upstream_run(alone, steps, dataset), theirs)
     before = memory_mib()
-    whole_run(model, settings(4 * steps, model_name=str(both)), pictures)
+    MultimodalSAETrainingRunner(settings(4 * steps, model_name=str(both)), pictures, model).run()
     grown = memory_mib() - before
     print("| what | tokens/s | ratio |\n|---|---:|---:|")
     print(

@@ -5,26 +5,21 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import numpy as np
-from PIL import Image
 
+from sae_lens_multimodal.autointerp.dealing import Dealer, Views
 from sae_lens_multimodal.autointerp.explanation import Candidate, Explanation, ModalityName, Shown
 from sae_lens_multimodal.autointerp.judges.base import Judge, JudgeFailure, JudgeRequest
 from sae_lens_multimodal.autointerp.metrics import balanced_accuracy
-from sae_lens_multimodal.autointerp.negatives import Embed, HardNegatives, Place
+from sae_lens_multimodal.autointerp.negatives import Embed, HardNegatives
 from sae_lens_multimodal.autointerp.procedures import Context, Procedure, unparsable
 from sae_lens_multimodal.autointerp.prompts import Meaning
-from sae_lens_multimodal.autointerp.regions import crop, find_regions, heat_of, show
 from sae_lens_multimodal.autointerp.scorers import FuzzingScorer, Item
-from sae_lens_multimodal.autointerp.selection import Split, split_examples
-from sae_lens_multimodal.autointerp.texts import marked_text, plain_text, wrongly_marked
+from sae_lens_multimodal.autointerp.selection import split_examples
 from sae_lens_multimodal.errors import ConfigError
-
-if TYPE_CHECKING:
-    from sae_lens_multimodal.features.example import Example
 
 N_FINALISTS = 2
 """So many of the candidates that are tried together are tried on all items; the others on half of them."""
@@ -85,6 +80,13 @@ class Contrastive(Procedure):
             "neighbours": hashlib.sha256(near.encode()).hexdigest()[:12] if self.neighbours else None,
             "embed": self.embed_name if self.embed is not None else None,
         }
+
+    @property
+    def most_calls(self) -> int:
+        """The most calls that one feature can take, if no proposal has variants; most take far fewer."""
+        half, whole = self.n_validation + 1, 2 * self.n_validation
+        finalists = min(N_FINALISTS, self.n_candidates)
+        return self.n_rounds * (1 + self.n_candidates * half + finalists * (whole - half // 2))
 
     def explain(
         self, judge: Judge, context: Context, keys: Sequence[tuple[int, ModalityName]]
@@ -150,14 +152,6 @@ class _Tried:
     """On all items: only such a candidate can be kept."""
 
 
-class _Views(NamedTuple):
-    """What the explainer may be shown of one example."""
-
-    views: list[Image.Image]
-    text: str
-    shown: Shown
-
-
 @dataclass
 class _Search:
     """The search for one feature's explanation."""
@@ -166,8 +160,8 @@ class _Search:
     context: Context
     feature: int
     modality: ModalityName
-    active: list[_Views]
-    silent: list[_Views]
+    active: list[Views]
+    silent: list[Views]
     items: list[Item]
     image_ids: tuple[str, ...]
     rng: np.random.Generator
@@ -189,7 +183,10 @@ class _Search:
             n_silent=context.n_contrast,
             rng=rng,
         )
-        dealer = _Dealer(procedure, context, feature, rng)
+        negatives = HardNegatives(
+            context.store, threshold=context.threshold, neighbours=procedure.neighbours, embed=procedure.embed
+        )
+        dealer = Dealer(context, feature, negatives, procedure.n_validation, rng)
         active, silent = dealer.shown(split) if modality == "image" else dealer.shown_texts(split)
         if not active:
             return None
@@ -300,116 +297,3 @@ class _Search:
             n_failed=sum(answer is None for answer in one.answers.values()),
             round=one.round,
         )
-
-
-class _Dealer:
-    """Makes what the explainer sees and what candidates are tried on."""
-
-    def __init__(self, procedure: Contrastive, context: Context, feature: int, rng: np.random.Generator) -> None:
-        self.context, self.feature, self.rng = context, feature, rng
-        self.count = procedure.n_validation
-        self.negatives = HardNegatives(
-            context.store, threshold=context.threshold, neighbours=procedure.neighbours, embed=procedure.embed
-        )
-
-    def shown(self, split: Split) -> tuple[list[_Views], list[_Views]]:
-        """Show each firing example's strongest region, and hard negatives of the same prompts."""
-        style = self.context.book.explain_style
-        active = []
-        for example in split.explain:
-            region = next(iter(find_regions(example, threshold=self.context.threshold)), None)
-            if region is None:
-                continue
-            heat = heat_of(example, region.image) if style.view == "heat" else None
-            views = show(example.images[region.image], region, style, heat=heat)
-            shown = Shown(prompt_id=example.prompt_id, active=True, image=region.image, box=region.box)
-            active.append(_Views(views, "", shown))
-        found = self.negatives.find(
-            self.feature, split.explain, split.explain_silent, self.context.n_contrast, style=style, rng=self.rng
-        )
-        quiet = []
-        for example, region, _ in found:
-            view = crop(example.images[region.image], region, style)
-            shown = Shown(prompt_id=example.prompt_id, active=False, image=region.image, box=region.box)
-            quiet.append(_Views([view], "", shown))
-        return active, quiet
-
-    def items(self, split: Split) -> list[Item]:
-        """Make firing regions and as many hard negatives."""
-        book, validate = self.context.book, split.validate
-        pairs = [
-            (one, found[0]) for one in validate.firing if (found := find_regions(one, threshold=self.context.threshold))
-        ]
-        right = [self._item(Place(example, region, "firing"), truth=True) for example, region in pairs[: self.count]]
-        found = self.negatives.find(
-            self.feature, validate.firing, validate.silent, self.count, style=book.fuzz_style, rng=self.rng
-        )
-        wrong = [self._item(place, truth=False) for place in found]
-        return _alternated(right, wrong)
-
-    def _item(self, place: Place, *, truth: bool) -> Item:
-        example, region, _ = place
-        # a heat map would give the answer away
-        style = self.context.book.fuzz_style
-        style = replace(style, view="crop") if style.view == "heat" else style
-        return Item(
-            truth=truth,
-            prompt_id=example.prompt_id,
-            kind=example.kind,
-            image_ids=tuple(example.image_ids),
-            image=region.image,
-            box=region.box,
-            style=style.for_patches(region.patch_pixels),
-            views=tuple(show(example.images[region.image], region, style)),
-        )
-
-    def shown_texts(self, split: Split) -> tuple[list[_Views], list[_Views]]:
-        """Show each firing example's strongest stretch with its marks, and silent stretches."""
-        active, quiet = [], []
-        for example in split.explain:
-            text = marked_text(example, context=self.context.context, threshold=self.context.threshold)
-            if text is not None:
-                written = self.context.book.mark(text.tokens, text.marked)
-                active.append(_Views([], written, Shown(prompt_id=example.prompt_id, active=True, text=written)))
-        for example in split.explain_silent:
-            text = plain_text(example, self.rng, context=self.context.context)
-            if text is not None:
-                written = self.context.book.mark(text.tokens, text.marked)
-                quiet.append(_Views([], written, Shown(prompt_id=example.prompt_id, active=False, text=written)))
-        return active, quiet
-
-    def text_items(self, split: Split) -> list[Item]:
-        """Make right marks, and wrong ones: of the same texts and of silent texts in turn."""
-        book, context = self.context.book, self.context
-        right, same, other = [], [], []
-        for example in split.validate.firing:
-            text = marked_text(example, context=context.context, threshold=context.threshold)
-            if text is None:
-                continue
-            right.append(self._text_item(example, book.mark(text.tokens, text.marked), truth=True))
-            wrong = wrongly_marked(text, self.rng, markable=book.markable)
-            if wrong is not None:
-                same.append(self._text_item(example, book.mark(wrong.tokens, wrong.marked), truth=False))
-        for example in split.validate.silent:
-            plain = plain_text(example, self.rng, context=context.context)
-            one_mark = None if plain is None else replace(plain, marked=(True, *plain.marked[1:]))
-            wrong = None if one_mark is None else wrongly_marked(one_mark, self.rng, markable=book.markable)
-            if wrong is not None:
-                other.append(self._text_item(example, book.mark(wrong.tokens, wrong.marked), truth=False))
-        n_same = max(len(right) - len(other), (len(right) + 1) // 2)
-        wrongs = [*same[:n_same], *other][: len(right)]
-        return _alternated(right, wrongs)
-
-    def _text_item(self, example: Example, text: str, *, truth: bool) -> Item:
-        ids = tuple(example.image_ids)
-        return Item(truth=truth, prompt_id=example.prompt_id, kind=example.kind, image_ids=ids, text=text)
-
-
-def _alternated(right: Sequence[Item], wrong: Sequence[Item]) -> list[Item]:
-    """Put two kinds of items in pairs that take turns, so that every other item is of both kinds; none without both."""
-    if not right or not wrong:
-        return []
-    pairs = [
-        list(kind[start : start + 2]) for start in range(0, max(len(right), len(wrong)), 2) for kind in (right, wrong)
-    ]
-    return [item for pair in pairs for item in pair]

@@ -213,7 +213,7 @@ def summarise_measures(measures: Sequence[Measure], *, seed: int = 0, level: flo
         mine = [one for one in measures if (one.measurer, one.modality) == (measurer, modality)]
         having = [one for one in mine if name in one.found.values]
         paired = [one for one in having if one.control is not None and name in one.control.values]
-        bands = sorted({band for one in having for band in one.found.by_band})
+        bands = sorted({band for one in having for band in one.found.by_band if name in one.found.by_band[band]})
         summaries.append(
             MeasureSummary(
                 measurer=measurer,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from PIL import Image
@@ -130,6 +130,10 @@ class PromptBook(ABC):
     def fuzz_text(self, explanation: str, text: str) -> JudgeRequest | None:
         """Ask whether the marked words are what the explanation says."""
 
+    def reordered(self) -> PromptBook | None:
+        """Give the same book with the answers offered in another order; None for a book that offers none."""
+        return None
+
     def intruder(self, views: Sequence[Image.Image]) -> JudgeRequest | None:
         """Ask which of several regions does not belong to the others; None in a book without words for that."""
         del views
@@ -154,6 +158,7 @@ class PromptBook(ABC):
 _SEEN_TO_EXPLAIN = RegionStyle(view="both", min_side_pixels=112)
 _SEEN_TO_JUDGE = RegionStyle(view="crop", min_side_pixels=112)
 _VERDICT = 'Answer with one JSON object and nothing else: {"answer": "yes"} or {"answer": "no"}.'
+_NO_FIRST = 'Answer with one JSON object and nothing else: {"answer": "no"} or {"answer": "yes"}.'
 _MEANING = (
     'Answer with one JSON object and nothing else: {"common": true or false, "explanation": "one sentence", '
     '"label": "at most four words"}. Where they share nothing that you can name, "common" is false and the others are '
@@ -183,6 +188,8 @@ class GeneralPrompts(PromptBook):
     """The longest verdict, in tokens, with its JSON."""
     marks: tuple[str, str] = ("<<", ">>")
     """What stands before and after a marked stretch of text."""
+    yes_first: bool = True
+    """In which order the two answers are offered; turned round to see whether the order decides, see `calibrate`."""
 
     def __post_init__(self) -> None:
         """Check the settings."""
@@ -194,7 +201,16 @@ class GeneralPrompts(PromptBook):
     @property
     def version(self) -> str:
         """Changes with every change of a phrase."""
-        return f"general-1 {self.explain_style.spelt} {self.fuzz_style.spelt} {' '.join(self.marks)}"
+        order = "" if self.yes_first else " no-first"
+        return f"general-1 {self.explain_style.spelt} {self.fuzz_style.spelt} {' '.join(self.marks)}{order}"
+
+    def reordered(self) -> GeneralPrompts:
+        """Offer "no" before "yes"."""
+        return replace(self, yes_first=not self.yes_first)
+
+    @property
+    def _verdict(self) -> str:
+        return _VERDICT if self.yes_first else _NO_FIRST
 
     def mark(self, tokens: Sequence[str], marked: Sequence[bool]) -> str:
         """Put the marks around every stretch of marked tokens; tokens carry their own blanks."""
@@ -283,19 +299,23 @@ class GeneralPrompts(PromptBook):
 
     def detect_image(self, explanation: str, picture: Image.Image) -> JudgeRequest:
         """Ask about one whole picture."""
-        question = f"Description: {explanation}\nIs there anything in the picture that fits the description? {_VERDICT}"
+        question = (
+            f"Description: {explanation}\nIs there anything in the picture that fits the description? {self._verdict}"
+        )
         return self._request([picture, question], self.verdict_tokens)
 
     def detect_text(self, explanation: str, text: str) -> JudgeRequest:
         """Ask about one text."""
-        question = f"Description: {explanation}\nIs there anything in the text that fits the description? {_VERDICT}"
+        question = (
+            f"Description: {explanation}\nIs there anything in the text that fits the description? {self._verdict}"
+        )
         return self._request([f"Text: {text}", question], self.verdict_tokens)
 
     def fuzz_image(self, explanation: str, views: Sequence[Image.Image]) -> JudgeRequest:
         """Ask about one region."""
         question = (
             f"This is a region of a picture{_explained(self.fuzz_style.view)}. Description: {explanation}\n"
-            f"Does the region show what the description says? {_VERDICT}"
+            f"Does the region show what the description says? {self._verdict}"
         )
         return self._request([*views, question], self.verdict_tokens)
 
@@ -304,7 +324,7 @@ class GeneralPrompts(PromptBook):
         before, after = self.marks
         question = (
             f"Description: {explanation}\nDo the words between {before} and {after} fit the description, rather than "
-            f"other words of the text? {_VERDICT}"
+            f"other words of the text? {self._verdict}"
         )
         return self._request([f"Text: {text}", question], self.verdict_tokens)
 
@@ -340,9 +360,9 @@ class GeneralPrompts(PromptBook):
     def simulate(self, explanation: str, picture: Image.Image, rows: int, columns: int) -> JudgeRequest:
         """Ask for a grid of numbers from 0 to 9."""
         question = (
-            f"Description: {explanation}\nLay a grid of {rows} rows and {columns} columns over the picture. How well does "
-            "each cell fit the description, from 0 (not at all) to 9 (fully)? Answer with one JSON object and nothing "
-            f'else: {{"grid": {rows} lists of {columns} whole numbers, from the top row down}}.'
+            f"Description: {explanation}\nLay a grid of {rows} rows and {columns} columns over the picture. How well "
+            "does each cell fit the description, from 0 (not at all) to 9 (fully)? Answer with one JSON object and "
+            f'nothing else: {{"grid": {rows} lists of {columns} whole numbers, from the top row down}}.'
         )
         return self._request([picture, question], self.verdict_tokens + 4 * rows * columns)
 

@@ -26,10 +26,10 @@ def attribution_lines(found: Attribution, check: AttributionCheck | None, top: i
     parts = {"features": float(found.effect.sum()), "error": float(found.error_effect.sum())}
     parts["bias"] = float(found.bias_effect.sum())
     lines += ["", "sums: " + ", ".join(f"{name} {value:+.4f}" for name, value in parts.items())]
-    for one in found.completeness or []:
+    for row in found.completeness or []:
         lines.append(
-            f"all features ablated together: {one.true_change:+.4f}, effects say {one.linear_change:+.4f}, "
-            f"gap {one.gap:+.4f}"
+            f"all features ablated together: {row.true_change:+.4f}, effects say {row.linear_change:+.4f}, "
+            f"gap {row.gap:+.4f}"
         )
     if check is not None:
         lines.append(f"Spearman of estimated and true effects, top {len(check.nodes)}: {check.spearman:.3f}")

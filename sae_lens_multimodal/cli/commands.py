@@ -8,19 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sae_lens_multimodal.cli.options import parse_changes, parse_features
+from sae_lens_multimodal.cli.autointerp import EXPLANATIONS_FOLDER, SCORES_FOLDER, calibrate, explain, score
+from sae_lens_multimodal.cli.options import parse_changes
 from sae_lens_multimodal.errors import ConfigError, StoreError
 
 if TYPE_CHECKING:
     from sae_lens import SAE
 
     from sae_lens_multimodal.adapters.model import VisionLanguageModel
-    from sae_lens_multimodal.autointerp.judges.base import Judge
-    from sae_lens_multimodal.autointerp.prompts import PromptBook
-
-EXPLANATIONS_FOLDER = "explanations"
-SCORES_FOLDER = "scores"
-ANSWERS_FILE = "answers.sqlite"
 
 
 def demo(options: Namespace) -> None:
@@ -122,46 +117,6 @@ def harvest(options: Namespace) -> None:
         seed=options.seed,
     )
     _print(f"{len(store.features)} of {store.d_sae} features fired; their examples are in {store.folder.resolve()}")
-
-
-def explain(options: Namespace) -> None:
-    """Have a VLM explain features."""
-    from sae_lens_multimodal.autointerp.explain import explain as run
-    from sae_lens_multimodal.features.store import FeatureStore
-
-    store = FeatureStore.open(options.store)
-    output = options.output or options.store / EXPLANATIONS_FOLDER
-    explanations = run(
-        store,
-        _judge(options),
-        output=output,
-        features=parse_features(options.features),
-        prompts=_prompts(options),
-        seed=options.seed,
-    )
-    failures = [explanation.failure for explanation in explanations if explanation.failure is not None]
-    _print(f"{len(explanations) - len(failures)} features answered, {len(failures)} failed: {output.resolve()}")
-    if failures:
-        _say(f"first failure: {failures[0].message}")
-
-
-def score(options: Namespace) -> None:
-    """Have a judge score explanations."""
-    from sae_lens_multimodal.autointerp.explanation import read_explanations
-    from sae_lens_multimodal.autointerp.score import score as run
-    from sae_lens_multimodal.features.store import FeatureStore
-
-    store = FeatureStore.open(options.store)
-    output = options.output or options.store / SCORES_FOLDER
-    run(
-        store,
-        _judge(options),
-        read_explanations(options.explanations or options.store / EXPLANATIONS_FOLDER),
-        output=output,
-        prompts=_prompts(options),
-        seed=options.seed,
-    )
-    _print(str(output.resolve()))
 
 
 def report(options: Namespace) -> None:
@@ -273,6 +228,7 @@ COMMANDS: dict[str, Callable[[Namespace], None]] = {
     "harvest": harvest,
     "explain": explain,
     "score": score,
+    "calibrate": calibrate,
     "report": report,
     "steer": steer,
     "attribute": attribute,
@@ -292,26 +248,6 @@ def _model_and_sae(options: Namespace) -> tuple[VisionLanguageModel, Any]:
         return model, SAE.load_from_disk(options.sae, device=options.device)
     except (OSError, KeyError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
         raise StoreError(f"{options.sae} cannot be read as a SAE that SAE-Lens saved: {error}") from error
-
-
-def _judge(options: Namespace) -> Judge:
-    from sae_lens_multimodal.autointerp.judges import CachedJudge, OpenAIJudge, TransformersJudge
-
-    if options.base_url is not None:
-        judge: Judge = OpenAIJudge(options.judge, base_url=options.base_url, api_key_variable=options.api_key_env)
-    else:
-        judge = TransformersJudge(options.judge, device=options.device)
-    return CachedJudge(judge, options.store / ANSWERS_FILE)
-
-
-def _prompts(options: Namespace) -> PromptBook | None:
-    if options.dialect == "general":
-        return None
-    if options.dialect == "scenes":
-        from sae_lens_multimodal.scenes.prompt_book import scenes_prompt_book
-
-        return scenes_prompt_book()
-    raise ConfigError(f"dialect is {options.dialect!r}; expected 'general' or 'scenes'.")
 
 
 def _print(*lines: str) -> None:

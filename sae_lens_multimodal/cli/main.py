@@ -30,6 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_harvest(commands)
     _add_explain(commands)
     _add_score(commands)
+    _add_calibrate(commands)
     _add_report(commands)
     _add_steer(commands)
     _add_attribute(commands)
@@ -118,6 +119,13 @@ def _add_explain(commands: Commands[argparse.ArgumentParser]) -> None:
     _add_judge(explain)
     explain.add_argument("--features", help="for example 3,17,40-60 (default: all that have examples)")
     explain.add_argument("--output", type=Path, help="folder for explanations.jsonl (default: inside the store)")
+    explain.add_argument(
+        "--procedure",
+        choices=("general", "contrastive", "published"),
+        default="general",
+        help="one question; several candidates, tried on examples of their own; or as arXiv 2411.14982 does",
+    )
+    explain.add_argument("--sae", type=Path, help="with contrastive: the SAE, to find the neighbours of each feature")
     explain.add_argument("--seed", type=int, default=0)
 
 
@@ -127,7 +135,23 @@ def _add_score(commands: Commands[argparse.ArgumentParser]) -> None:
     _add_judge(score)
     score.add_argument("--explanations", type=Path, help="explanations.jsonl (default: the store's own)")
     score.add_argument("--output", type=Path, help="folder for scores.jsonl (default: inside the store)")
+    score.add_argument("--scorers", default="detection,fuzzing", help="with commas; also detection_crop")
+    score.add_argument("--items", type=int, default=5, help="items of each kind a test (default: %(default)s)")
     score.add_argument("--seed", type=int, default=0)
+
+
+def _add_calibrate(commands: Commands[argparse.ArgumentParser]) -> None:
+    calibrate = commands.add_parser(
+        "calibrate",
+        help="how far a judge can be trusted, on planted features whose meaning is known",
+        description="Asks about made-up pictures in which everything is known, and about controls from which the "
+        "answer was taken away: there, a judge that looks falls to chance.",
+    )
+    _add_judge(calibrate)
+    calibrate.add_argument("--features", type=int, default=24, help="planted features (default: %(default)s)")
+    calibrate.add_argument("--regions", type=int, default=3, help="regions of each (default: %(default)s)")
+    calibrate.add_argument("--output", type=Path, help="folder for calibration.json and the answers")
+    calibrate.add_argument("--seed", type=int, default=0)
 
 
 def _add_report(commands: Commands[argparse.ArgumentParser]) -> None:
@@ -198,6 +222,10 @@ def _add_judge(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dialect", choices=("general", "scenes"), default="general", help="how the judge is spoken to"
     )
+    parser.add_argument("--max-calls", type=int, help="stop after so many calls; run again to go on")
+    parser.add_argument("--max-tokens", type=int, help="stop after so many tokens, read and written")
+    parser.add_argument("--dry-run", action="store_true", help="only say what would be asked, and what it would cost")
+    parser.add_argument("--tokens-per-picture", type=int, default=1000, help="for --dry-run (default: %(default)s)")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -21,11 +21,12 @@ def ordered_map(
     One thread reads `items`, so they need not be thread-safe; `workers` threads apply the function. Results come in
     the order of the items however long each takes; an exception of the items or of the function is raised when it is
     the turn of its result, after all results before it. When the iterator is closed or garbage-collected, what waits is
-    cancelled and what runs is waited for; no thread is left.
+    cancelled, and the threads end with what they are at; nobody waits for them, as the collector may come by inside a
+    thread that is just being started, which others cannot join.
 
     Args:
         function: What to do with each item; called from several threads at once.
-        items: The items; closed at the end if they are a generator.
+        items: The items.
         workers: Threads that apply the function; 0 to do everything in the caller's thread when it is asked for.
         ahead: How many items are taken before their results are asked for, at most.
         name: The beginning of the threads' names.
@@ -55,10 +56,6 @@ def ordered_map(
     finally:
         for executor in (reader, pool):
             executor.shutdown(wait=False, cancel_futures=True)
-        for executor in (reader, pool):
-            executor.shutdown(wait=True)
-        if isinstance(source, Generator):
-            source.close()
 
 
 def _apply(function: Callable[[In], Out], item: Future[In]) -> Out:

@@ -13,7 +13,7 @@ class DemoSettings:
     """Seed of everything random; also chooses the scenes."""
     hook_name: str = "blocks.0.hook_resid_post"
     """Where the SAE reads."""
-    d_sae: int = 256
+    d_sae: int = 192
     """Width of the SAE."""
     k: int = 8
     """Features that fire on a token."""

@@ -82,7 +82,7 @@ def row_changes(changes: FeatureChanges) -> tuple[Mapping[int, Change], ...]:
     Raises:
         ConfigError: they are neither a mapping nor mappings.
     """
-    rows = (changes,) if isinstance(changes, Mapping) else changes
+    rows: object = (changes,) if isinstance(changes, Mapping) else changes
     if isinstance(rows, str) or not isinstance(rows, Sequence) or not rows:
         raise ConfigError(
             f"Got changes {changes!r}; expected {{feature: change}}, or a list with one such mapping for each row."

@@ -127,8 +127,8 @@ def _between(model: VisionLanguageModel, batch: EncodedBatch, early: str, late: 
         value = model.hooks[early]
         leaf = flat_heads(value.detach()).float().clone().requires_grad_()
         model.hooks[early] = leaf.to(value.dtype).reshape(value.shape)
-        acts = leaf.save()
-        later = flat_heads(model.hooks[late]).save()
+        acts = leaf.save()  # type: ignore[attr-defined]
+        later = flat_heads(model.hooks[late]).save()  # type: ignore[attr-defined]
         tracer.stop()
     return acts, later
 

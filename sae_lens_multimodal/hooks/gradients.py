@@ -56,7 +56,7 @@ def metric_and_gradient(
             leaf = (flat_heads(value.detach()).float() if replacement is None else replacement).clone().requires_grad_()
             model.hooks[hook_name] = leaf.to(value.dtype).reshape(value.shape)
             logits = model.output.logits.save()
-            point = leaf.save()
+            point = leaf.save()  # type: ignore[attr-defined]
         values = metric.values(model, logits, batch)
         gradient = torch.autograd.grad(values.sum(), point, allow_unused=True)[0] if values.requires_grad else None
     if gradient is None:

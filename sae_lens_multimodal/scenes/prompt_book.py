@@ -17,7 +17,7 @@ from sae_lens_multimodal.scenes.words import attribute_of, phrase_of
 if TYPE_CHECKING:
     from PIL import Image
 
-_VERSION = "scenes-1"
+_VERSION = "scenes-2"
 """Changes with every change of a phrase."""
 _NOTHING = phrase_of({})
 _ANSWER_TOKENS = 8
@@ -106,9 +106,10 @@ class ScenesPromptBook(PromptBook):
         return _free([*crops, q.COMMON_QUESTION if len(crops) > 1 else q.NAME_QUESTION])
 
     def explain_texts(self, active: Sequence[str], silent: Sequence[str]) -> JudgeRequest:
-        """Ask what the marks have in common."""
+        """Ask what the marks have in common; of one text alone, said twice: the model was asked of several only."""
         del silent
-        return _free([f"{' '.join(active)} {q.MARKS_QUESTION}"])
+        texts = list(active) * 2 if len(active) == 1 else active
+        return _free([f"{' '.join(texts)} {q.MARKS_QUESTION}"])
 
     def read_meaning(self, reply: str) -> Meaning | None:
         """Read a phrase, or "nothing"."""

@@ -88,7 +88,7 @@ def config_of_process(cfg: MultimodalSAERunnerConfig[Any], processes: Processes)
         own.llm_device = own.device if cfg.llm_device in (None, "cuda") else cfg.llm_device
         own.act_store_device = own.device if cfg.act_store_device in (None, "cuda") else cfg.act_store_device
         torch.cuda.set_device(own.device)
-    own.checkpoint_path = None
+    own.checkpoint_path = None  # type: ignore[assignment]
     if not processes.is_first:
         own.progress = False
         own.output_path = None

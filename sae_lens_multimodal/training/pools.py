@@ -29,16 +29,20 @@ class Pool:
     """A bounded buffer of activations that are handed out in random order.
 
     What arrives while it is full is subsampled: of all tokens since the last `begin_refill`, and of those that waited
-    then, every one has the same chance to stay.
+    then, every one has the same chance to stay. With `keep_surplus` what finds no room waits for the next refill
+    instead; that is for who stops reading as soon as the pool is full.
     """
 
-    def __init__(self, capacity: int, generator: torch.Generator, device: torch.device) -> None:
+    def __init__(
+        self, capacity: int, generator: torch.Generator, device: torch.device, *, keep_surplus: bool = False
+    ) -> None:
         """Make an empty pool.
 
         Args:
             capacity: how many tokens it holds.
             generator: a generator on the CPU, from which all its choices come.
             device: where its activations lie.
+            keep_surplus: whether tokens that find no room are kept for the next refill.
         """
         self.capacity = capacity
         self.dropped = 0
@@ -49,6 +53,8 @@ class Pool:
         self._labels = torch.zeros(capacity, dtype=torch.int8)
         self._keys = torch.full((capacity,), -1.0)
         self._order: Tensor | None = None
+        self._keep_surplus = keep_surplus
+        self._surplus: list[tuple[Tensor, Tensor]] = []
 
     @property
     def count(self) -> int:
@@ -68,6 +74,9 @@ class Pool:
             state["rows"] = self._rows[slots.to(self._device)]
         if self._order is not None:
             state["order"] = self._order
+        if self._surplus:
+            state["surplus"] = torch.cat([rows for rows, _ in self._surplus])
+            state["surplus_labels"] = torch.cat([labels for _, labels in self._surplus])
         return state
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
@@ -83,6 +92,9 @@ class Pool:
         self._keys[slots] = state["keys"]
         self._labels[slots] = state["labels"]
         self._order = state.get("order")
+        self._surplus = []
+        if "surplus" in state:
+            self._surplus = [(state["surplus"].to(self._device), state["surplus_labels"])]
         if "rows" in state:
             rows = state["rows"]
             self._rows = torch.empty(self.capacity, rows.shape[1], dtype=rows.dtype, device=self._device)
@@ -93,9 +105,14 @@ class Pool:
         waiting = self._keys >= 0
         self._keys[waiting] = torch.rand(int(waiting.sum()), generator=self._generator)
         self._order = None
+        surplus, self._surplus = self._surplus, []
+        for rows, labels in surplus:
+            self.add(rows, labels)
 
     def add(self, rows: Float[Tensor, "n d"], labels: Int[Tensor, " n"]) -> None:
         """Take in further tokens; where there are too many, a random choice stays."""
+        if self._keep_surplus:
+            rows, labels = self._set_surplus_aside(rows, labels)
         if not len(rows):
             return
         if self._rows is None:
@@ -111,6 +128,16 @@ class Pool:
         self._keys[target] = new_keys[kept_new]
         self._labels[target] = labels.cpu()[kept_new].to(torch.int8)
         self._rows[target.to(self._device)] = rows[kept_new.to(rows.device)].to(self._device)
+
+    def _set_surplus_aside(self, rows: Float[Tensor, "n d"], labels: Int[Tensor, " n"]) -> tuple[Tensor, Tensor]:
+        """A random choice of the tokens that there is room for; the others wait."""
+        room = self.capacity - self.count
+        if len(rows) <= room:
+            return rows, labels
+        order = torch.randperm(len(rows), generator=self._generator)
+        now, later = order[:room], order[room:]
+        self._surplus.append((rows[later.to(rows.device)].to(self._device), labels.cpu()[later].to(torch.int8)))
+        return rows[now.to(rows.device)], labels.cpu()[now]
 
     def _choose(self, new_keys: Float[Tensor, " n"]) -> tuple[Int[Tensor, " kept"], Int[Tensor, " added"]]:
         """Which slots stay and which of the new tokens come in: those with the largest keys."""

@@ -86,6 +86,7 @@ class MultimodalMultiSAETrainer(MultiSAETrainer):
 
     trainers: dict[str, MultimodalSAETrainer]
     data_provider: SharedBatches
+    checkpoint_thresholds: list[int]
 
     def __init__(
         self,

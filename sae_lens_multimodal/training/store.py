@@ -86,7 +86,10 @@ class MultimodalActivationsStore(ActivationsStore):
         shares = cfg.token_shares or {_ALL: 1.0}
         self._counts = share_counts(shares, cfg.train_batch_size_tokens)
         self._pools = {
-            name: Pool(count * self.n_batches_in_buffer, self._generator, self.device)
+            # Alone, a pool is read for until it is full and no further; what is read beyond that need not be lost.
+            name: Pool(
+                count * self.n_batches_in_buffer, self._generator, self.device, keep_surplus=len(self._counts) == 1
+            )
             for name, count in self._counts.items()
         }
         self._batches_left = 0

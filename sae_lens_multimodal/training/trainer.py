@@ -99,6 +99,8 @@ class MultimodalSAETrainer(SAETrainer[TrainingSAE[Any], Any]):
     """Trains as SAE-Lens does, step for step; adds what is known about the tokens' modality."""
 
     data_provider: BatchProvider
+    act_freq_scores: Tensor
+    n_forward_passes_since_fired: Tensor
 
     def __init__(
         self,

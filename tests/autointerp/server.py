@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -16,6 +17,9 @@ class Answer(NamedTuple):
     status: int
     body: str
     content_type: str = "application/json"
+    headers: tuple[tuple[str, str], ...] = ()
+    sent_share: float = 1.0
+    """Share of the body after which the connection is closed, though more was announced."""
 
 
 def completion(content: str | None, **message: Any) -> Answer:
@@ -49,6 +53,8 @@ class Server:
         self.url = url
         self.bodies: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
+        self.times: list[float] = []
+        """When each request came."""
         self.released = threading.Event()
         """Set when the test is over: whoever hangs may go."""
 
@@ -63,15 +69,19 @@ def serving(answer: Callable[[int, dict[str, Any], Server], Answer]) -> Iterator
             with lock:
                 number = len(server.bodies)
                 server.bodies.append(body)
+                server.times.append(time.monotonic())
                 server.headers.append({name.lower(): value for name, value in self.headers.items()})
-            status, text, content_type = answer(number, body, server)
+            status, text, content_type, headers, sent_share = answer(number, body, server)
             payload = text.encode()
             try:
                 self.send_response(status)
                 self.send_header("Content-Type", content_type)
                 self.send_header("Content-Length", str(len(payload)))
+                for name, value in headers:
+                    self.send_header(name, value)
                 self.end_headers()
-                self.wfile.write(payload)
+                self.wfile.write(payload[: int(sent_share * len(payload))])
+                self.close_connection = self.close_connection or sent_share < 1
             except (BrokenPipeError, ConnectionResetError):
                 pass
 

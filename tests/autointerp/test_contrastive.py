@@ -256,7 +256,7 @@ def test_other_procedures_are_other_settings(store: FeatureStore, tmp_path: Path
     with pytest.raises(StoreError, match="other settings"):
         run(store, perfect, tmp_path / "out", features=[0], procedure=Published())
     with pytest.raises(StoreError, match="procedure"):
-        run(store, perfect, tmp_path / "out", features=[0], procedure=Contrastive(n_rounds=4))
+        run(store, perfect, tmp_path / "out", features=[0], procedure=Contrastive(n_rounds=5))
 
 
 @pytest.mark.parametrize(

@@ -322,7 +322,7 @@ def test_without_control(store: FeatureStore, explanations: list[Explanation], t
 
 def test_bad_settings(store: FeatureStore, explanations: list[Explanation], tmp_path: Path) -> None:
     judge = ScriptedJudge(perfect)
-    with pytest.raises(ConfigError, match="expected some of detection, fuzzing"):
+    with pytest.raises(ConfigError, match="expected some of detection, detection_crop, fuzzing"):
         run(store, explanations, tmp_path / "a", judge, scorers=["simulation"])
     with pytest.raises(ConfigError, match="n_positive"):
         run(store, explanations, tmp_path / "a", judge, sampling=Sampling(n_positive=0))
@@ -331,4 +331,6 @@ def test_bad_settings(store: FeatureStore, explanations: list[Explanation], tmp_
 
 
 def test_scorers_are_registered_under_their_names() -> None:
-    assert {name: scorer.name for name, scorer in SCORERS.items()} == {"detection": "detection", "fuzzing": "fuzzing"}
+    assert {name: scorer.name for name, scorer in SCORERS.items()} == {
+        name: name for name in ("detection", "detection_crop", "fuzzing")
+    }

@@ -177,7 +177,10 @@ def test_the_model_is_left_alone_and_threads_end(
     next(running)
     assert users and all(name.startswith("encode") for name in users)
     running.close()
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith(("encode", "open-pictures"))]
+    for thread in threading.enumerate():
+        if thread.name.startswith(("encode", "open-pictures")):
+            thread.join(timeout=10)
+            assert not thread.is_alive()
 
 
 def test_encoding_here_while_threads_encode_there(model: VisionLanguageModel) -> None:

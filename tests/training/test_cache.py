@@ -85,7 +85,7 @@ def test_training_from_the_cache_is_training_live(
 def test_what_is_cached_is_what_the_model_gives_with_its_labels(
     model: VisionLanguageModel, in_cache: Any, rows: Rows, tmp_path: Path
 ) -> None:
-    config = in_cache(store_batch_size_prompts=1, token_shares=None, newline_tokens=True)
+    config = in_cache(store_batch_size_prompts=1, token_shares=None, newline_tokens=True, training_tokens=64 * 40)
     folder = cache_activations(config, rows, model, shard_bytes=SHARD)
     source = open_source(config, rows)
     reader = CacheReader(folder)
@@ -121,7 +121,7 @@ def test_the_precision_of_the_model_is_kept(in_cache: Any, rows: Rows) -> None:
 def test_a_narrower_choice_of_tokens_trains_from_the_same_cache(
     model: VisionLanguageModel, in_cache: Any, rows: Rows, tmp_path: Path
 ) -> None:
-    cache_activations(in_cache(training_tokens=64 * 8, token_shares=None), rows, model)
+    cache_activations(in_cache(training_tokens=64 * 40, token_shares=None), rows, model)
     changes = {"image_tokens": "base", "n_eval_batches": 1, "token_shares": {"image": 1.0}}
     live = MultimodalSAETrainingRunner(in_cache(**changes, output_path=str(tmp_path / "live")), rows, model)
     cached = MultimodalSAETrainingRunner(

@@ -88,3 +88,38 @@ def test_more_than_there_is_cannot_be_taken() -> None:
     pool = make_pool(4)
     with pytest.raises(IndexError, match="0 tokens; 1"):
         pool.take(1)
+
+
+@given(st.integers(0, 50), st.lists(st.integers(1, 15), min_size=2, max_size=8))
+def test_with_surplus_kept_nothing_is_lost_or_given_twice(seed: int, sizes: list[int]) -> None:
+    pool = Pool(20, torch.Generator().manual_seed(seed), torch.device("cpu"), keep_surplus=True)
+    first, given = 0, []
+    for size in sizes:
+        pool.begin_refill()
+        while not pool.is_full:
+            pool.add(*numbered(first, size))
+            first += size
+        rows, labels = pool.take(12)
+        assert torch.equal(labels, (rows[:, 0].long() % 2).to(torch.int8))
+        given += rows[:, 0].long().tolist()
+    assert pool.dropped == 0
+    pool.begin_refill()
+    while pool.count:
+        given += pool.take(pool.count)[0][:, 0].long().tolist()
+        pool.begin_refill()
+    assert sorted(given) == list(range(first))
+
+
+def test_kept_surplus_is_part_of_a_snapshot() -> None:
+    pool, other = (
+        Pool(10, torch.Generator().manual_seed(seed), torch.device("cpu"), keep_surplus=True) for seed in (0, 1)
+    )
+    pool.add(*numbered(0, 16))
+    other.restore(pool.snapshot())
+    pool._generator.manual_seed(5)
+    other._generator.manual_seed(5)
+    for one in (pool, other):
+        one.take(8)
+        one.begin_refill()
+    assert pool.count == other.count == 8
+    assert torch.equal(pool.take(8)[0], other.take(8)[0])

@@ -63,11 +63,12 @@ def test_one_modality_alone(model: VisionLanguageModel, make_config: Any, rows: 
 def test_without_shares_tokens_come_as_they_are(model: VisionLanguageModel, make_config: Any, rows: Rows) -> None:
     store = make_store(model, make_config, rows, token_shares=None, n_batches_in_buffer=2, training_tokens=64 * 4)
     counts = torch.zeros(len(Modality))
-    for _ in range(8):
+    for _ in range(40):
         counts += torch.bincount(store.next_labelled().modality.long(), minlength=len(Modality))
-    assert counts.sum() == 8 * 64
+    assert counts.sum() == 40 * 64
     assert counts[Modality.IMAGE] > counts[Modality.TEXT] > 0
-    assert counts[Modality.IMAGE] + counts[Modality.TEXT] == 8 * 64
+    assert counts[Modality.IMAGE] + counts[Modality.TEXT] == 40 * 64
+    assert store.tokens_dropped == 0
 
 
 def test_newline_tokens_count_as_image(model: VisionLanguageModel, make_config: Any, rows: Rows) -> None:

@@ -13,7 +13,9 @@ from sae_lens_multimodal.autointerp.judges.base import (
     Ledger,
     Outcome,
 )
+from sae_lens_multimodal.autointerp.judges.budget import Budget, BudgetJudge, Prices
 from sae_lens_multimodal.autointerp.judges.cache import CachedJudge
+from sae_lens_multimodal.autointerp.judges.forecast import Forecast, ForecastJudge
 from sae_lens_multimodal.autointerp.judges.openai_judge import OpenAIJudge
 from sae_lens_multimodal.autointerp.judges.scripted import ScriptedJudge
 
@@ -21,8 +23,12 @@ if TYPE_CHECKING:
     from sae_lens_multimodal.autointerp.judges.transformers_judge import TransformersJudge
 
 __all__ = [
+    "Budget",
+    "BudgetJudge",
     "CachedJudge",
     "FailureKind",
+    "Forecast",
+    "ForecastJudge",
     "Judge",
     "JudgeFailure",
     "JudgeReply",
@@ -30,6 +36,7 @@ __all__ = [
     "Ledger",
     "OpenAIJudge",
     "Outcome",
+    "Prices",
     "ScriptedJudge",
     "TransformersJudge",
 ]

@@ -88,6 +88,11 @@ class CachedJudge(Judge):
             connection.execute(_SCHEMA)
             connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
 
+    def knows(self, request: JudgeRequest) -> bool:
+        """Tell whether a request was answered before."""
+        with closing(self._connect()) as connection:
+            return _look_up(connection, self._key(request)) is not None
+
     def _key(self, request: JudgeRequest) -> str:
         return hashlib.sha256(f"{self.judge.cache_name}\n{request.digest}".encode()).hexdigest()
 

@@ -8,7 +8,7 @@ import json
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
@@ -106,20 +106,26 @@ class OpenAIJudge(Judge):
 
     def _replies(self, requests: Sequence[JudgeRequest]) -> Iterator[tuple[int, Outcome]]:
         waiting = iter(enumerate(requests))
-        failed_in_a_row = 0
+        failed_in_a_row, down = 0, None
         with ThreadPoolExecutor(self.concurrency, thread_name_prefix="judge") as pool:
             under_way = {pool.submit(self._ask, request): index for index, request in islice(waiting, self.concurrency)}
             while under_way:
                 finished, _ = wait(under_way, return_when=FIRST_COMPLETED)
-                for future in sorted(finished, key=_raised):
+                for future in finished:
+                    index, error = under_way.pop(future), future.exception()
+                    if isinstance(error, JudgeError):
+                        down = down or error
+                        continue
                     outcome = future.result()
-                    yield under_way.pop(future), outcome
+                    yield index, outcome
                     failed_in_a_row = failed_in_a_row + 1 if _without_answer(outcome) else 0
                     if failed_in_a_row >= self.give_up_after and isinstance(outcome, JudgeFailure):
-                        raise self._down(f"failed {failed_in_a_row} requests in a row: {outcome.message}")
-                under_way |= {
-                    pool.submit(self._ask, request): index for index, request in islice(waiting, len(finished))
-                }
+                        down = down or self._down(f"failed {failed_in_a_row} requests in a row: {outcome.message}")
+                # what is under way when the judge goes down may still be answered, and is not lost
+                new = islice(waiting, len(finished) if down is None else 0)
+                under_way |= {pool.submit(self._ask, request): index for index, request in new}
+        if down is not None:
+            raise down
 
     def _ask(self, request: JudgeRequest) -> Outcome:
         """Ask once (the client retries).
@@ -140,7 +146,11 @@ class OpenAIJudge(Judge):
         except openai.APITimeoutError as error:
             return JudgeFailure.of(request, FailureKind.TIMEOUT, f"No reply from {self._place} in time ({error}).")
         except openai.APIConnectionError as error:
-            raise self._down(f"cannot be reached ({_root(error)})") from error
+            # by name: which HTTP library the client stands on has changed before
+            if any(type(cause).__name__ == "ConnectError" for cause in _causes(error)):
+                raise self._down(f"cannot be reached ({_root(error)})") from error
+            message = f"{self._place} broke off its answer ({_root(error)})."
+            return JudgeFailure.of(request, FailureKind.SERVER, message)
         except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
             raise self._down(f"turns every request away ({_said(error)})") from error
         except openai.APIStatusError as error:
@@ -166,20 +176,28 @@ def _outcome(request: JudgeRequest, completion: object, *, seconds: float) -> Ou
     if not isinstance(choices, list):
         message = f"The server sent {type(completion).__name__} without choices; expected a chat completion."
         return JudgeFailure.of(request, FailureKind.SERVER, message, str(completion)[:2000])
-    message_of = choices[0].message if choices else None
-    if message_of is None or not isinstance(message_of.content, str | None):
+    # the client checks no types: any field of any part may be anything
+    message_of = getattr(choices[0], "message", None) if choices else None
+    content, refusal = getattr(message_of, "content", None), getattr(message_of, "refusal", None)
+    if message_of is None or not isinstance(content, str | None):
         return JudgeFailure.of(request, FailureKind.EMPTY, "The server's completion has no message.")
-    if message_of.refusal or choices[0].finish_reason == "content_filter":
-        said = message_of.refusal or message_of.content or ""
-        return JudgeFailure.of(request, FailureKind.REFUSED, "The judge refused to answer.", said)
-    assert isinstance(completion, ChatCompletion)
-    usage = completion.usage
+    if refusal or getattr(choices[0], "finish_reason", None) == "content_filter":
+        return JudgeFailure.of(
+            request, FailureKind.REFUSED, "The judge refused to answer.", str(refusal or content or "")
+        )
+    usage = getattr(completion, "usage", None)
     return JudgeReply(
-        text=message_of.content or "",
-        tokens_in=usage.prompt_tokens if usage else 0,
-        tokens_out=usage.completion_tokens if usage else 0,
+        text=content or "",
+        tokens_in=_tokens(usage, "prompt_tokens"),
+        tokens_out=_tokens(usage, "completion_tokens"),
         seconds=seconds,
     )
+
+
+def _tokens(usage: object, name: str) -> int:
+    """Read a number of tokens; 0 where the server says none."""
+    value = getattr(usage, name, 0)
+    return value if isinstance(value, int) and value > 0 else 0
 
 
 def _content(part: Part) -> Any:  # noqa: ANN401 - one of the client's many typed dicts
@@ -231,11 +249,6 @@ def _api_key(variable: str, *, needed: bool) -> str:
     return "none"
 
 
-def _raised(future: Future[Outcome]) -> bool:
-    """Tell whether a finished call raised: those are read last, so that no answer beside them is lost."""
-    return future.exception() is not None
-
-
 def _without_answer(outcome: Outcome) -> bool:
     return isinstance(outcome, JudgeFailure) and outcome.kind in _WITHOUT_ANSWER
 
@@ -249,8 +262,15 @@ def _said(error: openai.APIStatusError) -> str:
     return f"HTTP {error.status_code}: {' '.join(str(error.message).split())[:300]}"
 
 
+def _causes(error: BaseException) -> list[BaseException]:
+    """List an error and what brought it about, the first cause last."""
+    chain = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
+        chain.append(cause)
+    return chain
+
+
 def _root(error: BaseException) -> str:
     """Name the first cause: "Connection refused" says more than "Connection error."."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return str(error) or type(error).__name__
+    first = _causes(error)[-1]
+    return str(first) or type(first).__name__

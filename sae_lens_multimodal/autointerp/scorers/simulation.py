@@ -78,7 +78,7 @@ class SimulationScorer(Measurer):
             return Measured(note="too few held-out examples")
         true = [self._cells(heat_of(one, image)) for one, image in pictured]
         said = [self._simulated(text, one.images[image]) for one, image in pictured]
-        if all(one == "not asked" for one in said):
+        if all(isinstance(one, str) and one == "not asked" for one in said):
             return Measured(note="the prompt book has no words for this explanation")
         answered = [(a, b) for a, b in zip(true, said, strict=True) if not isinstance(b, str)]
         strict = [np.zeros_like(a) if isinstance(b, str) else b for a, b in zip(true, said, strict=True)]

@@ -1,0 +1,164 @@
+"""The commands that ask judges: explain, score and calibrate."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sae_lens_multimodal.cli.options import parse_features
+from sae_lens_multimodal.errors import ConfigError
+
+if TYPE_CHECKING:
+    from sae_lens_multimodal.autointerp.contrastive import Contrastive
+    from sae_lens_multimodal.autointerp.judges.base import Judge
+    from sae_lens_multimodal.autointerp.procedures import Procedure
+    from sae_lens_multimodal.autointerp.prompts import PromptBook
+
+EXPLANATIONS_FOLDER = "explanations"
+SCORES_FOLDER = "scores"
+ANSWERS_FILE = "answers.sqlite"
+
+
+def explain(options: Namespace) -> None:
+    """Have a VLM explain features."""
+    from sae_lens_multimodal.autointerp.contrastive import Contrastive
+    from sae_lens_multimodal.autointerp.explain import explain as run
+    from sae_lens_multimodal.features.store import FeatureStore
+
+    store = FeatureStore.open(options.store)
+    output = options.output or options.store / EXPLANATIONS_FOLDER
+    procedure = _procedure(options, store.d_sae)
+    arguments: dict[str, Any] = {
+        "features": parse_features(options.features),
+        "prompts": _prompts(options),
+        "procedure": procedure,
+        "seed": options.seed,
+    }
+    if options.dry_run:
+        _foretell(options, lambda judge, folder: run(store, judge, output=folder, **arguments))
+        if isinstance(procedure, Contrastive):
+            _say_most_calls(procedure)
+        return
+    explanations = run(store, _judge(options, options.store / ANSWERS_FILE), output=output, **arguments)
+    failures = [explanation.failure for explanation in explanations if explanation.failure is not None]
+    _print(f"{len(explanations) - len(failures)} features answered, {len(failures)} failed: {output.resolve()}")
+    if failures:
+        sys.stderr.write(f"first failure: {failures[0].message}\n")
+
+
+def score(options: Namespace) -> None:
+    """Have a judge score explanations."""
+    from sae_lens_multimodal.autointerp.explanation import read_explanations
+    from sae_lens_multimodal.autointerp.score import score as run
+    from sae_lens_multimodal.autointerp.scorers import Sampling
+    from sae_lens_multimodal.features.store import FeatureStore
+
+    store = FeatureStore.open(options.store)
+    output = options.output or options.store / SCORES_FOLDER
+    explanations = read_explanations(options.explanations or options.store / EXPLANATIONS_FOLDER)
+    arguments: dict[str, Any] = {
+        "prompts": _prompts(options),
+        "scorers": options.scorers.split(","),
+        "sampling": Sampling(n_positive=options.items, n_negative=options.items),
+        "seed": options.seed,
+    }
+    if options.dry_run:
+        _foretell(options, lambda judge, folder: run(store, judge, explanations, output=folder, **arguments))
+        return
+    run(store, _judge(options, options.store / ANSWERS_FILE), explanations, output=output, **arguments)
+    _print(str(output.resolve()))
+
+
+def calibrate(options: Namespace) -> None:
+    """Ask a judge what is known, and say how far it can be trusted."""
+    from sae_lens_multimodal.autointerp.calibration import calibrate as run
+    from sae_lens_multimodal.autointerp.calibration import calibration_lines
+    from sae_lens_multimodal.autointerp.prompts import GeneralPrompts
+    from sae_lens_multimodal.files import write_json
+    from sae_lens_multimodal.scenes.planted import planted_features
+
+    planted = planted_features(options.features, n_regions=options.regions, seed=options.seed)
+    book = _prompts(options) or GeneralPrompts()
+    if options.dry_run:
+        _foretell(options, lambda judge, _: run(judge, planted, book, seed=options.seed))
+        return
+    answers = None if options.output is None else options.output / ANSWERS_FILE
+    found = run(_judge(options, answers), planted, book, seed=options.seed)
+    _print(*calibration_lines(found))
+    if options.output is not None:
+        write_json(options.output / "calibration.json", found.to_json())
+
+
+def _procedure(options: Namespace, d_sae: int) -> Procedure | None:
+    from sae_lens_multimodal.autointerp.contrastive import Contrastive
+    from sae_lens_multimodal.autointerp.negatives import decoder_neighbours
+    from sae_lens_multimodal.autointerp.procedures import Published
+
+    if options.sae is not None and options.procedure != "contrastive":
+        raise ConfigError("--sae finds hard negatives for --procedure contrastive; the others need none.")
+    if options.procedure == "general":
+        return None
+    if options.procedure == "published":
+        return Published()
+    if options.sae is None:
+        return Contrastive()
+    from sae_lens import SAE
+
+    return Contrastive(neighbours=decoder_neighbours(SAE.load_from_disk(options.sae), range(d_sae)))
+
+
+def _judge(options: Namespace, answers: Path | None) -> Judge:
+    """Make the judge: within its budget, and with the answers that are known."""
+    from sae_lens_multimodal.autointerp.judges import (
+        Budget,
+        BudgetJudge,
+        CachedJudge,
+        OpenAIJudge,
+        TransformersJudge,
+    )
+
+    if options.base_url is not None:
+        judge: Judge = OpenAIJudge(options.judge, base_url=options.base_url, api_key_variable=options.api_key_env)
+    else:
+        judge = TransformersJudge(options.judge, device=options.device)
+    if options.max_calls is not None or options.max_tokens is not None:
+        budget = Budget(max_calls=options.max_calls, max_tokens=options.max_tokens)
+        judge = BudgetJudge(judge, budget, at_once=32)
+    return judge if answers is None else CachedJudge(judge, answers)
+
+
+def _foretell(options: Namespace, run: Callable[[Judge, Path], object]) -> None:
+    """Let a stand-in be asked in a folder that is thrown away, and print what it counted."""
+    from sae_lens_multimodal.autointerp.judges import ForecastJudge
+
+    known = getattr(options, "store", None) or options.output
+    answers = None if known is None or not (known / ANSWERS_FILE).is_file() else known / ANSWERS_FILE
+    judge = ForecastJudge(_judge(options, answers), tokens_per_picture=options.tokens_per_picture)
+    with tempfile.TemporaryDirectory() as folder:
+        run(judge, Path(folder) / "dry-run")
+    _print(judge.forecast.line())
+
+
+def _say_most_calls(procedure: Contrastive) -> None:
+    _print(
+        "The contrastive procedure then tries what is proposed: how often depends on the answers, at most "
+        f"{procedure.most_calls} calls a feature."
+    )
+
+
+def _prompts(options: Namespace) -> PromptBook | None:
+    if options.dialect == "general":
+        return None
+    if options.dialect == "scenes":
+        from sae_lens_multimodal.scenes.prompt_book import scenes_prompt_book
+
+        return scenes_prompt_book()
+    raise ConfigError(f"dialect is {options.dialect!r}; expected 'general' or 'scenes'.")
+
+
+def _print(*lines: str) -> None:
+    sys.stdout.write("\n".join(lines) + "\n")
