@@ -63,7 +63,7 @@ class Dealer:
         """Make firing regions and as many hard negatives."""
         book, validate = self.context.book, split.validate
         pairs = [
-            (one, found[0]) for one in validate.firing if (found := find_regions(one, threshold=self.context.threshold))
+            (one, seen[0]) for one in validate.firing if (seen := find_regions(one, threshold=self.context.threshold))
         ]
         right = [self._item(Place(example, region, "firing"), truth=True) for example, region in pairs[: self.count]]
         found = self.negatives.find(

@@ -137,18 +137,22 @@ class PromptBook(ABC):
     def intruder(self, views: Sequence[Image.Image]) -> JudgeRequest | None:
         """Ask which of several regions does not belong to the others; None in a book without words for that."""
         del views
+        return None
 
     def read_intruder(self, reply: str, count: int) -> int | None:
         """Read which one it is, from 0."""
         del reply, count
+        return None
 
     def simulate(self, explanation: str, picture: Image.Image, rows: int, columns: int) -> JudgeRequest | None:
         """Ask how well each cell of a grid over a picture fits; None in a book that can only ask about one region."""
         del explanation, picture, rows, columns
+        return None
 
     def read_grid(self, reply: str, rows: int, columns: int) -> list[list[float]] | None:
         """Read one number for each cell."""
         del reply, rows, columns
+        return None
 
     @abstractmethod
     def read_verdict(self, reply: str) -> bool | None:

@@ -39,7 +39,7 @@ def planted_features(
         kind = kinds[number % len(kinds)]
         values = ATTRIBUTES[kind]
         value, other = (values[index] for index in rng.permutation(len(values))[:2].tolist())
-        regions = []
+        regions: list[PlantedRegion] = []
         while len(regions) < n_regions:
             scene_seed += 1
             scene = make_scene(scene_seed)

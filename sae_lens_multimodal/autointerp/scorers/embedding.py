@@ -43,7 +43,7 @@ class EmbeddingScorer(Measurer):
         """Compare the explanation with firing and silent regions."""
         if self.embedding is None:
             return Measured(note="skipped: no CLIP or SigLIP was given to compare texts with pictures")
-        pairs = [(one, found[0]) for one in examples.firing if (found := find_regions(one))][: self.n_items]
+        pairs = [(one, seen[0]) for one in examples.firing if (seen := find_regions(one))][: self.n_items]
         if not pairs:
             return Measured(note="too few held-out examples")
         quiet = []
