@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import closing
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -315,14 +315,19 @@ def prompt_batches(
         _encoding(model.family, settings, n_workers), chunks, workers=n_workers, ahead=n_workers + 1, name="encode"
     )
     kept = read = 0
-    # The stages are closed by name: what their threads last held may keep them alive.
-    with closing(results), closing(deliveries):
+    try:
         for delivery in deliveries:
             report.add(delivery.counts)
             read += delivery.n_prompts
             if delivery.batch is not None:
                 kept += len(delivery.batch)
                 yield delivery.batch
+    finally:
+        # The stages are closed by name: what their threads last held may keep them alive.
+        deliveries.close()
+        # While a thread is at it, this one ends with that thread, which gets nothing more to do.
+        with suppress(ValueError):
+            results.close()
     if read and not kept and not skip_rows:
         raise _none_left(read, report)
 

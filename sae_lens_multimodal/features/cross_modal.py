@@ -126,8 +126,10 @@ def cross_modal_features(store: FeatureStore, *, min_examples: int = 4, n_words:
     """List the features of a store that fire on pictures and on words, those whose words go with the pictures first.
 
     No labels are needed: a feature for red things fires on red patches and on the word "red", and the texts beside the
-    pictures that it fires on say "red" oftener than those beside others. A feature that fires on question marks and on
-    a corner of every picture has a lift of 0.
+    pictures that it fires on say "red" oftener than those beside others.
+
+    Silent examples are first of all prompts in which the feature fires on no token at all, so their texts hold its
+    words less often than texts at large: the lift is an upper bound, best for ranking features.
 
     Args:
         store: a feature store; it must have been harvested with silent examples.

@@ -120,7 +120,7 @@ def ablate_nodes(
 
 def _contribution(sae: SAE[Any], acts: Float[Tensor, " d_in"], one: NodeEffect) -> Float[Tensor, " d_in"]:
     """What the node adds to the hook's value at its token."""
-    added = one.activation * decoder_directions(sae, [one.node.feature])
+    added = (one.activation * decoder_directions(sae, [one.node.feature])).to(acts.device)
     scale = output_scale(sae, acts[None])
     return (added if scale is None else added * scale)[0].to(acts)
 

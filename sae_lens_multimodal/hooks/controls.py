@@ -18,6 +18,7 @@ from sae_lens_multimodal.hooks.control_candidates import Activity, foresee, give
 from sae_lens_multimodal.hooks.control_questions import Example, Questions, first_tokens, rival_tokens
 from sae_lens_multimodal.hooks.control_records import AnswerPair, Candidate, ControlSet, Outcome, Rate, Trial
 from sae_lens_multimodal.hooks.control_search import Place, Search
+from sae_lens_multimodal.hooks.control_split import held_out_prompts
 from sae_lens_multimodal.hooks.gradients import check_language_hook
 from sae_lens_multimodal.hooks.saes import check_features, check_sae
 from sae_lens_multimodal.hooks.selection import StepName, Tokens
@@ -49,7 +50,7 @@ class SearchSettings:
     max_side_effects: float = 0.1
     """Share of guard examples that may change before side effects count much more."""
     held_out: float = 0.5
-    """Share of examples and of guard examples that the search never sees."""
+    """Share of examples and of guard examples that the search never sees; a picture is on one side only."""
     n_random: int = 3
     """Draws of random features."""
     max_new_tokens: int = 8
@@ -200,12 +201,15 @@ class _Split:
     def of(
         cls, model: VisionLanguageModel, examples: list[Example], guards: list[Example], settings: SearchSettings
     ) -> _Split:
-        rng = np.random.default_rng(settings.seed)
+        lists = (examples, guards)
+        held = held_out_prompts(
+            [[one.conversation for one in some] for some in lists], settings.held_out, settings.seed
+        )
         pieces: list[Questions] = []
-        for some in (examples, guards):
-            order = [some[index] for index in rng.permutation(len(some))]
-            cut = min(max(round(len(order) * (1 - settings.held_out)), 1), max(len(order) - 1, 0))
-            pieces += [Questions(model, one, batch_size=settings.batch_size) for one in (order[:cut], order[cut:])]
+        for some, flags in zip(lists, held, strict=True):
+            for side in (False, True):
+                chosen = [one for one, flag in zip(some, flags, strict=True) if flag == side]
+                pieces.append(Questions(model, chosen, batch_size=settings.batch_size))
         return cls(examples=pieces[0], held_examples=pieces[1], guards=pieces[2], held_guards=pieces[3])
 
 

@@ -146,7 +146,8 @@ def activation_unit(
         batch = model.encode(list(prompts[start : start + batch_size]))
         layout = batch.layout
         mask = layout.is_image if modality == "image" else layout.is_text
-        acts = read_activations(model, batch, name)[name].flatten(2)[mask.to(model.device)]
+        value = read_activations(model, batch, name)[name].flatten(2)
+        acts = value[mask.to(value.device)]
         encoded = encode_tokens(sae, acts, features=chosen)[:, 0].float().cpu()
         firing.append(encoded[encoded > 0])
     every = torch.cat(firing) if firing else torch.zeros(0)

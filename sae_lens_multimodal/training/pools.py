@@ -129,6 +129,10 @@ class Pool:
         self._labels[target] = labels.cpu()[kept_new].to(torch.int8)
         self._rows[target.to(self._device)] = rows[kept_new.to(rows.device)].to(self._device)
 
+    def drop_surplus(self) -> None:
+        """Keep no more tokens for the next refill, for who reads on when the pool is full."""
+        self._keep_surplus = False
+
     def _set_surplus_aside(self, rows: Float[Tensor, "n d"], labels: Int[Tensor, " n"]) -> tuple[Tensor, Tensor]:
         """A random choice of the tokens that there is room for; the others wait."""
         room = self.capacity - self.count

@@ -70,6 +70,10 @@ class SeveralHooksStore(MultimodalActivationsStore):
             self._patch_generator,
             self.device,
         )
+        if self._patch_hooks:
+            # Reading goes on until the patches' pool is full, too: what waits would only grow.
+            for pool in self._pools.values():
+                pool.drop_surplus()
         self._patches = LabelledBatch(torch.empty(0, 0), torch.empty(0, dtype=torch.int8))
         self._prompts_without_patches = 0
 
@@ -108,7 +112,7 @@ class SeveralHooksStore(MultimodalActivationsStore):
     ) -> LabelledBatch:
         parts = [every[name] for name in names]
         ratio = self.choice.max_norm_ratio
-        packed = LabelledBatch(torch.cat([part.activations for part in parts], 1), parts[0].modality)
+        packed = LabelledBatch(torch.cat([part.activations.to(self.device) for part in parts], 1), parts[0].modality)
         if ratio is None:
             return packed
         kept = torch.stack([within_norm_ratio(part, ratio) for part in parts]).all(0)
