@@ -36,6 +36,12 @@ def test_target_is_reached(tiny: TinyModel, task: str) -> None:
     assert score.share >= score.target, f"{score.share:.3f}, wrong: {score.wrong[:5]}"
 
 
+def test_presence_and_attributes_together_reach_their_target(tiny: TinyModel) -> None:
+    names = ["presence, yes or no", "attribute of a named object"]
+    scores = [evaluate(tiny, count=COUNT, tasks=[name])[name] for name in names]
+    assert sum(score.right for score in scores) / sum(score.asked for score in scores) >= 0.95
+
+
 def test_leading_questions_lead(tiny: TinyModel) -> None:
     """What is denied when asked neutrally is often granted when asked in a leading way."""
     names = ["absent object, asked neutrally", "absent object, asked leadingly: led"]
