@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from functools import cached_property, lru_cache
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import pyarrow as pa
@@ -15,8 +15,9 @@ import pyarrow.parquet as pq
 from jaxtyping import Float64, Int64
 from PIL import Image
 
-from sae_lens_multimodal.errors import FeatureError, StoreError
+from sae_lens_multimodal.errors import FeatureError, SAEMismatchError, StoreError
 from sae_lens_multimodal.features.example import Example, StoredPrompt
+from sae_lens_multimodal.features.hashing import sae_fingerprint
 from sae_lens_multimodal.features.histogram import quantile_of_histogram
 from sae_lens_multimodal.features.pictures import PictureSource
 from sae_lens_multimodal.features.records import layout_of_row
@@ -34,6 +35,9 @@ from sae_lens_multimodal.features.schema import (
 )
 from sae_lens_multimodal.features.tables import SortedTable
 from sae_lens_multimodal.files import read_manifest
+
+if TYPE_CHECKING:
+    from sae_lens import SAE
 
 __all__ = ["Example", "FeatureStore", "StoredPrompt"]
 
@@ -143,6 +147,20 @@ class FeatureStore:
         column = "max_activation" if modality is None else f"max_{modality}"
         top = float(self.statistics[column][self._row(feature)].as_py())
         return min(top, quantile_of_histogram(self.histogram(feature, modality), self.histogram_edges, quantile))
+
+    def check_sae(self, sae: SAE[Any]) -> None:
+        """Refuse an SAE other than the one that was harvested, as far as the store knows which that was.
+
+        Raises:
+            SAEMismatchError: the weights differ.
+        """
+        known = self.settings.get("sae")
+        found = sae_fingerprint(list(sae.named_parameters()))
+        if known is not None and known != found:
+            raise SAEMismatchError(
+                f"The feature store is of an SAE with the fingerprint {known}, the one given has {found}; give the SAE "
+                "that was harvested, or harvest with this one."
+            )
 
     def examples(
         self, feature: int, kind: Kind = "top", modality: ModalityName | None = None, *, limit: int | None = None

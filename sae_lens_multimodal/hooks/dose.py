@@ -9,6 +9,7 @@ from typing import Any, Literal, Protocol, TypeAlias, cast, get_args
 
 import torch
 from jaxtyping import Float
+from sae_lens import SAE
 from torch import Tensor
 from tqdm import tqdm
 
@@ -43,6 +44,10 @@ class Scales(Protocol):
 
     def scale(self, feature: int, modality: ModalityName | None = None) -> float:
         """Return the 99th percentile of a feature's activations where it fires."""
+        ...
+
+    def check_sae(self, sae: SAE[Any]) -> None:
+        """Refuse an SAE other than the one whose features these are."""
         ...
 
 
@@ -97,6 +102,8 @@ def dose_response(
             that has no unit because it never fires.
     """
     values = _checked(strengths, kind)
+    if not isinstance(unit, int | float) and not isinstance(sae, SteeringVector):
+        unit.check_sae(sae)
     size = 1.0 if kind == "scale" else _unit(unit, feature, modality)
     changes: list[Change] = [_KINDS[kind](strength * size) for strength in values]
     rows: Any = [Add(0.0), *changes] if isinstance(sae, SteeringVector) else [{}, *({feature: one} for one in changes)]

@@ -245,7 +245,7 @@ class MultimodalSAETrainingRunner(LanguageModelSAETrainingRunner):
             trainer.load_trainer_state(folder)
             self.activations_store.load_from_checkpoint(folder)
             self.activations_store.restore_counts(state["counts"])
-            logger.info("going on after %d tokens from %s", trainer.n_training_samples, folder)
+            logger.warning("going on after %d tokens from %s", trainer.n_training_samples, folder)
         trainer.log = self.open_log(trainer.n_training_steps)
         return trainer
 

@@ -170,7 +170,7 @@ class MultimodalMultiSAETrainingRunner:
         trainer.load_checkpoint(folder)
         store.load_from_checkpoint(folder)
         store.restore_counts(state["counts"])
-        logger.info("going on after %d tokens from %s", trainer.n_training_samples, folder)
+        logger.warning("going on after %d tokens from %s", trainer.n_training_samples, folder)
 
     def _save(self, name: str, trainer: MultimodalMultiSAETrainer) -> SAE[Any]:
         part, own = self.parts[name], trainer.trainers[name]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -338,3 +339,15 @@ def test_settings_that_cannot_work_are_refused(
     with pytest.raises(SAEMismatchError):
         harvest(model, sae, rows, tmp_path / "store", hook_name="blocks.0.mlp.hook_post", **SETTINGS)
     assert not (tmp_path / "store").exists()
+
+
+def test_the_store_knows_its_sae(
+    model: VisionLanguageModel, sae: SAE[Any], rows: Rows, new_folder: Callable[[], Path]
+) -> None:
+    store = harvest(model, sae, rows, new_folder(), max_prompts=3, progress=False)
+    store.check_sae(sae)
+    other = copy.deepcopy(sae)
+    with torch.no_grad():
+        other.W_enc.mul_(2)
+    with pytest.raises(SAEMismatchError, match="the SAE that was harvested"):
+        store.check_sae(other)

@@ -122,8 +122,14 @@ def test_units_are_the_features_own(
         def scale(self, feature: int, modality: str | None = None) -> float:
             return {(active[0], "image"): 2.5}.get((feature, modality or ""), 0.0)
 
+        def check_sae(self, sae: SAE[Any]) -> None:
+            checked.append(sae)
+
+    checked: list[SAE[Any]] = []
+
     curve = dose_response(model, sae, active[0], conversations[0], "no", strengths=[2.0], unit=Store())
     assert (curve.unit, curve.points[0].value) == (2.5, 5.0)
+    assert checked == [sae]
     with pytest.raises(ConfigError, match="unit of 0 for feature 3 on text tokens"):
         dose_response(model, sae, 3, conversations[0], "no", unit=Store(), modality="text")
 
