@@ -16,6 +16,7 @@ from sae_lens_multimodal.hooks.attribute import attribute
 from sae_lens_multimodal.hooks.attribution_check import check_attribution
 from sae_lens_multimodal.hooks.controls import SearchSettings, find_controls
 from sae_lens_multimodal.hooks.metrics import LogitDifference
+from sae_lens_multimodal.report.controls import build_control_report
 from sae_lens_multimodal.scenes import model_folder
 from sae_lens_multimodal.scenes.control_cases import attribute_prompts, other_prompts
 
@@ -60,6 +61,10 @@ print("random features instead:       ", controls.random and controls.random.suc
 print("difference of means instead:   ", controls.mean_difference and controls.mean_difference.success)
 for pair in controls.answers[:4]:
     print(f"{pair.prompt} {pair.before} -> {pair.after}")
+
+# %%
+# The whole search on a page.
+print(build_control_report({"red": controls}, output="controls"))
 
 # %%
 # The set is a steered model like any other.

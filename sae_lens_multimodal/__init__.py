@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from sae_lens_multimodal.hooks.vectors import SteeringVector as SteeringVector
     from sae_lens_multimodal.hooks.vectors import steering_vector as steering_vector
     from sae_lens_multimodal.report.build import build_report as build_report
+    from sae_lens_multimodal.report.controls import build_control_report as build_control_report
     from sae_lens_multimodal.report.dose import build_dose_report as build_dose_report
     from sae_lens_multimodal.training.cache import cache_activations as cache_activations
     from sae_lens_multimodal.training.config import MultimodalSAERunnerConfig as MultimodalSAERunnerConfig
@@ -69,6 +70,7 @@ _HOMES = {
     "VisionLanguageModel": "adapters.model",
     "attribute": "hooks.attribute",
     "attribute_edges": "hooks.edges",
+    "build_control_report": "report.controls",
     "build_dose_report": "report.dose",
     "build_report": "report.build",
     "cache_activations": "training.cache",

@@ -91,7 +91,7 @@ def build_dose_report(
     if not curves:
         raise ConfigError("Got no dose curves; expected at least one.")
     folder = Path(output).resolve()
-    _check_output(folder)
+    check_output(folder, DOSE_KIND, "dose curves", _OURS)
     views = [dose_view(curve, max_side_effect=max_side_effect) for curve in curves]
     page = environment().get_template("dose.html.j2").render(report=_Page(title), views=views, root="")
     write_text(folder / "static" / "report.css", static_text("report.css"))
@@ -185,8 +185,12 @@ def _ticks(low: float, high: float) -> list[float]:
     return [low + (high - low) * place / (_TICKS - 1) for place in range(_TICKS)]
 
 
-def _check_output(folder: Path) -> None:
-    """See that nothing of the user's own would be replaced."""
+def check_output(folder: Path, kind: str, what: str, ours: frozenset[str]) -> None:
+    """See that nothing of the user's own would be replaced.
+
+    Raises:
+        StoreError: the folder is a file, or holds something else than an earlier page of this kind.
+    """
     if not folder.exists():
         return
     if not folder.is_dir():
@@ -195,6 +199,6 @@ def _check_output(folder: Path) -> None:
     if not found:
         return
     manifest = read_json(folder / MANIFEST_NAME) if MANIFEST_NAME in found else {}
-    kind = manifest.get("kind") if isinstance(manifest, dict) else None
-    if kind != DOSE_KIND or found - _OURS:
-        raise StoreError(f"{folder} is not empty and holds no page of dose curves; give a new folder.")
+    found_kind = manifest.get("kind") if isinstance(manifest, dict) else None
+    if found_kind != kind or found - ours:
+        raise StoreError(f"{folder} is not empty and holds no page of {what}; give a new folder.")
