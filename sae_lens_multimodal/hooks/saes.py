@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -102,10 +103,17 @@ def check_features(sae: SAE[Any], features: Sequence[int]) -> list[int]:
     Raises:
         FeatureError: a feature is not an integer of 0 .. d_sae - 1.
     """
-    for feature in features:
-        if isinstance(feature, bool) or not hasattr(feature, "__index__") or not 0 <= int(feature) < sae.cfg.d_sae:
-            raise FeatureError(f"Got feature {feature!r}; expected an integer from 0 to {sae.cfg.d_sae - 1}.")
-    return [int(feature) for feature in features]
+    return [_check_feature(sae, feature) for feature in features]
+
+
+def _check_feature(sae: SAE[Any], feature: Any) -> int:  # noqa: ANN401 - whatever a caller gives
+    try:
+        number = -1 if isinstance(feature, bool) else operator.index(feature)
+    except TypeError:
+        number = -1
+    if not 0 <= number < sae.cfg.d_sae:
+        raise FeatureError(f"Got feature {feature!r}; expected an integer from 0 to {sae.cfg.d_sae - 1}.")
+    return number
 
 
 @torch.no_grad()

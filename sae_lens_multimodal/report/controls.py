@@ -8,19 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sae_lens_multimodal.errors import ConfigError
-from sae_lens_multimodal.files import MANIFEST_NAME, write_json, write_manifest, write_text
-from sae_lens_multimodal.report.dose import check_output
 from sae_lens_multimodal.report.formats import number
-from sae_lens_multimodal.report.render import environment, static_text
+from sae_lens_multimodal.report.single_page import SinglePage
 from sae_lens_multimodal.report.view import TickView
 
 if TYPE_CHECKING:
     from sae_lens_multimodal.hooks.control_records import Control, ControlSet, Outcome
 
-CONTROLS_KIND = "controls"
-SCHEMA_VERSION = 1
+PAGE = SinglePage(kind="controls", what="control sets", schema_version=1)
 WIDTH, HEIGHT = 420.0, 150.0
-_OURS = frozenset({MANIFEST_NAME, "index.html", "controls.json", "static"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,11 +46,6 @@ class ControlView:
     found: ControlSet
 
 
-@dataclass(frozen=True)
-class _Page:
-    title: str
-
-
 def build_control_report(
     sets: Mapping[str, ControlSet], *, output: Path | str, title: str = "Features that control answers"
 ) -> Path:
@@ -74,16 +65,8 @@ def build_control_report(
     """
     if not sets:
         raise ConfigError("Got no control sets; expected at least one.")
-    folder = Path(output).resolve()
-    check_output(folder, CONTROLS_KIND, "control sets", _OURS)
     views = [control_view(name, found) for name, found in sets.items()]
-    page = environment().get_template("controls.html.j2").render(report=_Page(title), views=views, root="")
-    write_text(folder / "static" / "report.css", static_text("report.css"))
-    write_json(folder / "controls.json", {name: found.to_dict() for name, found in sets.items()})
-    write_text(folder / "index.html", page)
-    settings = {"title": title, "n_sets": len(sets)}
-    write_manifest(folder, kind=CONTROLS_KIND, schema_version=SCHEMA_VERSION, settings=settings)
-    return folder / "index.html"
+    return PAGE.write(output, title=title, views=views, numbers={name: one.to_dict() for name, one in sets.items()})
 
 
 def control_view(name: str, found: ControlSet) -> ControlView:

@@ -7,20 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sae_lens_multimodal.errors import ConfigError, StoreError
-from sae_lens_multimodal.files import MANIFEST_NAME, read_json, write_json, write_manifest, write_text
+from sae_lens_multimodal.errors import ConfigError
 from sae_lens_multimodal.report.formats import number
-from sae_lens_multimodal.report.render import environment, static_text
+from sae_lens_multimodal.report.single_page import SinglePage
 from sae_lens_multimodal.report.view import TickView
 
 if TYPE_CHECKING:
     from sae_lens_multimodal.hooks.dose_curve import DoseCurve, DosePoint
 
-DOSE_KIND = "dose"
-SCHEMA_VERSION = 1
+PAGE = SinglePage(kind="dose", what="dose curves", schema_version=1)
 WIDTH, HEIGHT = 420.0, 150.0
 _TICKS = 5
-_OURS = frozenset({MANIFEST_NAME, "index.html", "dose.json", "static"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,11 +62,6 @@ class DoseView:
     best: DosePoint | None
 
 
-@dataclass(frozen=True)
-class _Page:
-    title: str
-
-
 def build_dose_report(
     curves: Sequence[DoseCurve], *, output: Path | str, title: str = "Dose and response", max_side_effect: float = 0.1
 ) -> Path:
@@ -90,16 +82,8 @@ def build_dose_report(
     """
     if not curves:
         raise ConfigError("Got no dose curves; expected at least one.")
-    folder = Path(output).resolve()
-    check_output(folder, DOSE_KIND, "dose curves", _OURS)
     views = [dose_view(curve, max_side_effect=max_side_effect) for curve in curves]
-    page = environment().get_template("dose.html.j2").render(report=_Page(title), views=views, root="")
-    write_text(folder / "static" / "report.css", static_text("report.css"))
-    write_json(folder / "dose.json", [curve.to_dict() for curve in curves])
-    write_text(folder / "index.html", page)
-    settings = {"title": title, "n_curves": len(curves)}
-    write_manifest(folder, kind=DOSE_KIND, schema_version=SCHEMA_VERSION, settings=settings)
-    return folder / "index.html"
+    return PAGE.write(output, title=title, views=views, numbers=[curve.to_dict() for curve in curves])
 
 
 def dose_view(curve: DoseCurve, *, max_side_effect: float = 0.1) -> DoseView:
@@ -183,22 +167,3 @@ def _chart(
 
 def _ticks(low: float, high: float) -> list[float]:
     return [low + (high - low) * place / (_TICKS - 1) for place in range(_TICKS)]
-
-
-def check_output(folder: Path, kind: str, what: str, ours: frozenset[str]) -> None:
-    """See that nothing of the user's own would be replaced.
-
-    Raises:
-        StoreError: the folder is a file, or holds something else than an earlier page of this kind.
-    """
-    if not folder.exists():
-        return
-    if not folder.is_dir():
-        raise StoreError(f"{folder} is a file; give a folder for the page.")
-    found = {entry.name for entry in folder.iterdir()}
-    if not found:
-        return
-    manifest = read_json(folder / MANIFEST_NAME) if MANIFEST_NAME in found else {}
-    found_kind = manifest.get("kind") if isinstance(manifest, dict) else None
-    if found_kind != kind or found - ours:
-        raise StoreError(f"{folder} is not empty and holds no page of {what}; give a new folder.")

@@ -124,7 +124,7 @@ class MultimodalSAERunnerConfig(LanguageModelSAERunnerConfig[SAEConfigT], Generi
     """Leave out tokens whose norm is more than so many times the median norm of their modality; None keeps all."""
     balanced_threshold: bool = True
     """Whether a BatchTopK SAE is saved with thresholds that let `k` features fire on a token of each modality; False
-    saves SAE-Lens's one threshold for all tokens."""
+    saves one threshold, with which `k` fire on average over all tokens."""
     strict: bool = False
     """Whether a row that cannot be read stops the run; otherwise it is skipped and counted."""
     too_long: TooLong = "drop"

@@ -16,12 +16,10 @@ from sae_lens_multimodal.errors import DatasetError, SAEMismatchError, StoreErro
 from sae_lens_multimodal.training.config import MultimodalSAERunnerConfig
 from sae_lens_multimodal.training.pools import Pool
 from sae_lens_multimodal.training.prompts import PromptSource
-from sae_lens_multimodal.training.store import MultimodalActivationsStore
+from sae_lens_multimodal.training.store import PATIENCE_PROMPTS, MultimodalActivationsStore
 from sae_lens_multimodal.training.tokens import LabelledBatch, keep_tokens, read_hooks, within_norm_ratio
 from sae_lens_multimodal.training.tree_file import load_tree
 from sae_lens_multimodal.types import Modality
-
-_PATIENCE_PROMPTS = 2000
 
 
 class SeveralHooksStore(MultimodalActivationsStore):
@@ -126,7 +124,7 @@ class SeveralHooksStore(MultimodalActivationsStore):
         self._prompts_without_patches += len(prompts)
         if len(self._patches.modality):
             self._prompts_without_patches = 0
-        if self._prompts_without_patches >= _PATIENCE_PROMPTS:
+        if self._prompts_without_patches >= PATIENCE_PROMPTS:
             raise DatasetError(
                 f"{', '.join(self._patch_hooks)} read pictures, but the last {self._prompts_without_patches} prompts "
                 "hold none; give a dataset with pictures."

@@ -29,7 +29,7 @@ from sae_lens_multimodal.training.tree_file import load_tree, save_tree
 logger = logging.getLogger(__name__)
 
 _ALL = "all"
-_PATIENCE_PROMPTS = 2000
+PATIENCE_PROMPTS = 2000
 """So many prompts in a row may lack a modality that `token_shares` asks for before the run gives up."""
 _MOSTLY_DROPPED = 0.8
 """Share of tokens that may find no room before it is worth a word."""
@@ -193,7 +193,7 @@ class MultimodalActivationsStore(ActivationsStore):
             pool.add(rows, labels)
             self._epoch_tokens[name] += len(labels)
             self._prompts_since[name] = 0 if len(labels) else self._prompts_since[name] + len(prompts)
-            if self._prompts_since[name] >= _PATIENCE_PROMPTS:
+            if self._prompts_since[name] >= PATIENCE_PROMPTS:
                 raise self._nothing_comes(name, f"the last {self._prompts_since[name]} prompts")
 
     def _report_surplus(self, dropped: int, read: int) -> None:

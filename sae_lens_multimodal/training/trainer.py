@@ -175,11 +175,9 @@ class MultimodalSAETrainer(SAETrainer[TrainingSAE[Any], Any]):
 
     def finish(self) -> None:
         """Make the SAE, once it is trained, what is to be saved: one that takes plain activations, token by token."""
-        if not self.balanced_threshold:
-            self._settle_threshold()
         self._fold_normalisation()
-        if isinstance(self.sae, BatchTopKTrainingSAE) and self.balanced_threshold and self.n_training_steps:
-            self.thresholds = settle_thresholds(self.sae, self._labelled_batches())
+        if isinstance(self.sae, BatchTopKTrainingSAE) and self.n_training_steps:
+            self.thresholds = settle_thresholds(self.sae, self._labelled_batches(), balanced=self.balanced_threshold)
 
     @property
     def n_batches_to_finish(self) -> int:
@@ -340,26 +338,6 @@ class MultimodalSAETrainer(SAETrainer[TrainingSAE[Any], Any]):
             scaler.estimate_scaling_factor(self.sae.cfg.d_in, self.data_provider, batches)
         elif kind == "covariance_whitening" and scaler.whitening is None:
             scaler.estimate_whitening(self.sae.cfg.d_in, self.data_provider, batches)
-
-    @torch.no_grad()
-    def _settle_threshold(self) -> None:
-        """After a short run, estimate BatchTopK's one threshold from the final weights.
-
-        SAE-Lens keeps a running mean that begins at zero and remembers early weights: for about a thousand steps
-        it is far too low, and the saved SAE would let several times `k` features fire.
-        """
-        sae = self.sae
-        if not isinstance(sae, BatchTopKTrainingSAE) or not 0 < self.n_training_steps < 10 / sae.cfg.topk_threshold_lr:
-            return
-        lowest = []
-        for _ in range(THRESHOLD_BATCHES):
-            features = sae.encode(self.activation_scaler(next(self.data_provider).to(sae.device)))
-            values = features.coalesce().values() if features.is_sparse else features
-            positive = values[values > 0]
-            if len(positive):
-                lowest.append(positive.min().double())
-        if lowest:
-            sae.topk_threshold = torch.stack(lowest).mean()
 
     def _fold_normalisation(self) -> None:
         """Put what was estimated into the weights, so that the saved SAE takes plain activations."""

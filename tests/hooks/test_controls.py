@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -98,12 +99,18 @@ def test_held_out_prompts_are_not_searched(
     assert len(held) == 5
     assert not {id(one) for one in seen} & {id(one) for one in held}
     assert found.mean_difference is None
-    # Whatever makes these prompts say red makes all prompts say it, so nothing is better than no change.
     assert found.held_out.side_effects.total == 2
-    if not found.controls:
-        assert found.held_out.side_effects.count == 0
-        with pytest.raises(ConfigError, match="empty control set"):
-            found.steer(model, planted)
+
+
+def test_where_nothing_is_better_the_set_is_empty_and_changes_nothing(
+    model: VisionLanguageModel, planted: SAE[Any], prompts: list[Any]
+) -> None:
+    settings = replace(SETTINGS, min_gain=10.0)
+    found = find_controls(model, planted, prompts[:6], "red", guard=prompts[6:10], tokens="last", settings=settings)
+    assert found.controls == ()
+    assert found.held_out.side_effects.count == 0
+    with pytest.raises(ConfigError, match="empty control set"):
+        found.steer(model, planted)
 
 
 def test_the_scale_is_the_percentile_and_forecasts_are_attributions(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,8 @@ from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
 
 from sae_lens_multimodal.adapters.model import VisionLanguageModel
 from sae_lens_multimodal.errors import ConfigError
-from sae_lens_multimodal.hooks.saes import inference_sae
 from sae_lens_multimodal.training.runner import MultimodalSAETrainingRunner
 from sae_lens_multimodal.training.sae_config import build_sae_config
-from sae_lens_multimodal.training.threshold import settle_thresholds
 from sae_lens_multimodal.types import Modality
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -77,11 +76,12 @@ def test_modalities_fire_alike_in_a_saved_batchtopk_sae(
         "n_data_workers": 0,
     }
     sae = {"architecture": "batchtopk", "k": 8, "d_sae": 256}
-    runner = MultimodalSAETrainingRunner(make_config(**changes, sae=sae, output_path=None), rows, model)
-    balanced = runner.run()
+    config = make_config(**changes, sae=sae, output_path=None)
+    one_for_all = replace(config, balanced_threshold=False)
+    runner, other = (MultimodalSAETrainingRunner(one, rows, model) for one in (config, one_for_all))
+    balanced, pooled = runner.run(), other.run()
+    assert torch.equal(balanced.W_dec, pooled.W_dec)
     store = runner.activations_store
-    settle_thresholds(runner.sae, store.labelled_batches(), balanced=False)
-    pooled = inference_sae(runner.sae)
     further = [store.next_labelled() for _ in range(20)]
     fired = {}
     for name, saved in (("balanced", balanced), ("pooled", pooled)):
