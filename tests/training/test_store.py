@@ -106,7 +106,7 @@ def test_a_dataset_without_pictures_is_an_error(model: VisionLanguageModel, make
 def test_an_endless_dataset_without_pictures_is_an_error_too(
     model: VisionLanguageModel, make_config: Any, text_rows: Rows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store_module, "_PATIENCE_PROMPTS", 9)
+    monkeypatch.setattr(store_module, "PATIENCE_PROMPTS", 9)
     with pytest.raises(DatasetError, match="50% image tokens, but the last 12 prompts hold none"):
         next(make_store(model, make_config, text_rows * 10, n_eval_batches=0))
 
