@@ -1,0 +1,1 @@
+"""Concept dictionaries: directions of the residual stream found for a word, grounded in pictures and words."""

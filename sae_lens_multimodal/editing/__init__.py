@@ -1,0 +1,1 @@
+"""Model editing: one fact changed by a rank-one update, measured, reversible."""
