@@ -37,6 +37,8 @@ from sae_lens_multimodal.scenes.control_cases import (
 
 SEED = 2**46
 SUCCESS, SIDE_EFFECTS = 0.8, 0.1
+PRESENT_TIMES = 4
+"""Questions about present objects for each about absent ones of a sort."""
 
 
 def conversations(asked: Sequence[AskedScene]) -> list[Any]:
@@ -93,8 +95,9 @@ def repair(model: Any, sae: Any, options: argparse.Namespace) -> None:  # noqa: 
     """Find features on half of the wrong yeses; print what they and a threshold do to fresh questions."""
     count, size = options.prompts, options.batch_size
     pools = {split: absent_prompts(split, SEED + 10**7 * n, 2 * count) for n, split in enumerate(ABSENT_SPLITS, 1)}
-    pools["present"] = present_prompts(SEED + 10**7 * 9, 2 * count)
-    searched = [one for pool in pools.values() for one in pool[:count]]
+    # what must stay is asked more often than what is to change: 2 points of few answers cannot be told from none
+    pools["present"] = present_prompts(SEED + 10**7 * 9, 2 * PRESENT_TIMES * count)
+    searched = [one for pool in pools.values() for one in pool[: len(pool) // 2]]
     answers = ask(model, searched, size)
     wrong = [one for one, answer in zip(searched, answers, strict=True) if one.answer == "no" and answer == "yes"]
     right = [one for one, answer in zip(searched, answers, strict=True) if answer == one.answer]
@@ -116,7 +119,7 @@ def repair(model: Any, sae: Any, options: argparse.Namespace) -> None:  # noqa: 
     print("| fresh questions | right before | right with features | right with a threshold |")
     print("|---|---|---|---|")
     for name, pool in pools.items():
-        fresh = pool[count:]
+        fresh = pool[len(pool) // 2 :]
         several = (ask(model, fresh, size), ask(steered, fresh, size), above(yes_minus_no(model, fresh, size), limit))
         rates = [Rate(sum(a == o.answer for a, o in zip(some, fresh, strict=True)), len(fresh)) for some in several]
         print(f"| {name} | " + " | ".join(str(rate) for rate in rates) + " |", flush=True)

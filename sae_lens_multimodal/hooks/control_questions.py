@@ -15,7 +15,7 @@ from sae_lens_multimodal.adapters.batch import EncodedBatch
 from sae_lens_multimodal.adapters.model import VisionLanguageModel
 from sae_lens_multimodal.errors import ConfigError
 from sae_lens_multimodal.hooks.attribute import encoded
-from sae_lens_multimodal.hooks.metrics import Metric, last_logits, target_ids
+from sae_lens_multimodal.hooks.metrics import Metric, last_logits, shortened, target_ids
 from sae_lens_multimodal.types import Conversation
 
 
@@ -50,7 +50,7 @@ class Questions:
         """The logits with which each answer begins."""
         found = []
         for batch in self.batches:
-            with model.trace(**batch):
+            with model.trace(**shortened(model, batch, 1)):
                 logits = model.output.logits.save()
             found.append(last_logits(logits, batch).cpu())
         return torch.cat(found) if found else torch.zeros(0, 1)
@@ -92,6 +92,11 @@ class RowDifference(Metric):
     def name(self) -> str:
         """What is measured, in words."""
         return "logit of the wanted answer minus that of the unwanted one"
+
+    def n_last(self, model: VisionLanguageModel) -> int:
+        """The last position alone."""
+        del model
+        return 1
 
     def values(
         self, model: VisionLanguageModel, logits: Float[Tensor, "batch seq vocabulary"], batch: EncodedBatch

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, Protocol, TypeAlias, cast, get_args
@@ -19,7 +18,7 @@ from sae_lens_multimodal.adapters.model import VisionLanguageModel
 from sae_lens_multimodal.errors import ConfigError, FeatureError
 from sae_lens_multimodal.hooks.changes import Add, Change, Scale, Set
 from sae_lens_multimodal.hooks.dose_curve import DoseCurve, DosePoint
-from sae_lens_multimodal.hooks.metrics import append_tokens, target_ids
+from sae_lens_multimodal.hooks.metrics import append_tokens, can_shorten_logits, target_ids
 from sae_lens_multimodal.hooks.read import read_activations
 from sae_lens_multimodal.hooks.saes import check_features, check_sae, encode_tokens
 from sae_lens_multimodal.hooks.selection import ForwardPass, Steps, Tokens, TokenSelection
@@ -167,7 +166,7 @@ class _Runner:
     def __init__(self, model: VisionLanguageModel, sae: Source, rows: Any, settings: Mapping[str, Any]) -> None:  # noqa: ANN401
         self.model, self.sae, self.rows, self.settings = model, sae, rows, settings
         self.selection = TokenSelection.check(settings["tokens"], settings["steps"], model.family)
-        self._short = "logits_to_keep" in inspect.signature(model._module.forward).parameters
+        self._short = can_shorten_logits(model)
         # Made before anything runs, so that whatever is wrong is said at once.
         self.everywhere = steer(model, sae, rows, **settings)
 

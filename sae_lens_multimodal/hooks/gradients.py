@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from sae_lens_multimodal.adapters.batch import EncodedBatch
 from sae_lens_multimodal.adapters.model import VisionLanguageModel
 from sae_lens_multimodal.errors import ConfigError, SelectionError
-from sae_lens_multimodal.hooks.metrics import Metric
+from sae_lens_multimodal.hooks.metrics import Metric, shortened
 from sae_lens_multimodal.hooks.read import read_activations
 
 
@@ -50,8 +51,9 @@ def metric_and_gradient(
     Returns:
         The metric of each row, the hook's value, and the metric's gradient there; heads are one dimension.
     """
-    with torch.enable_grad():
-        with model.trace(**batch):
+    inputs = shortened(model, batch, metric.n_last(model))
+    with torch.enable_grad(), _frozen(model._module):
+        with model.trace(**inputs):
             value = model.hooks[hook_name]
             leaf = (flat_heads(value.detach()).float() if replacement is None else replacement).clone().requires_grad_()
             model.hooks[hook_name] = leaf.to(value.dtype).reshape(value.shape)
@@ -65,6 +67,19 @@ def metric_and_gradient(
     return values.detach(), point.detach(), gradient
 
 
+@contextmanager
+def _frozen(module: nn.Module) -> Iterator[None]:
+    """Let no parameter ask for a gradient, so that nothing is kept in memory for one."""
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
 @torch.no_grad()
 def metric_at(
     model: VisionLanguageModel,
@@ -74,7 +89,7 @@ def metric_at(
     replacement: Float[Tensor, "batch seq d_in"],
 ) -> Float[Tensor, " batch"]:
     """The metric of each row where the hook has another value."""
-    with model.trace(**batch):
+    with model.trace(**shortened(model, batch, metric.n_last(model))):
         value = model.hooks[hook_name]
         model.hooks[hook_name] = replacement.to(value.dtype).reshape(value.shape)
         logits = model.output.logits.save()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -38,11 +39,19 @@ class Metric(ABC):
         del model
         return batch
 
+    def n_last(self, model: VisionLanguageModel) -> int | None:
+        """How many positions at the end of each prompt the metric looks at; None for any."""
+        del model
+        return None
+
     @abstractmethod
     def values(
         self, model: VisionLanguageModel, logits: Float[Tensor, "batch seq vocabulary"], batch: EncodedBatch
     ) -> Float[Tensor, " batch"]:
-        """Return one number a row, in float32 and differentiable."""
+        """Return one number a row, in float32 and differentiable.
+
+        Where `n_last` is a number, the logits may be those of the last positions alone.
+        """
 
 
 @dataclass(frozen=True)
@@ -68,6 +77,11 @@ class LogitDifference(Metric):
         """Append what the two strings have in common."""
         shared, _, _ = self._tokens(model)
         return append_tokens(model, batch, shared) if shared else batch
+
+    def n_last(self, model: VisionLanguageModel) -> int:
+        """The last position alone."""
+        del model
+        return 1
 
     def values(
         self, model: VisionLanguageModel, logits: Float[Tensor, "batch seq vocabulary"], batch: EncodedBatch
@@ -118,13 +132,17 @@ class ContinuationLogProbability(Metric):
         ids = target_ids(model, self.text)
         return append_tokens(model, batch, ids[:-1]) if len(ids) > 1 else batch
 
+    def n_last(self, model: VisionLanguageModel) -> int:
+        """The positions that predict the text."""
+        return len(target_ids(model, self.text))
+
     def values(
         self, model: VisionLanguageModel, logits: Float[Tensor, "batch seq vocabulary"], batch: EncodedBatch
     ) -> Float[Tensor, " batch"]:
         """Return the log-probability for each row."""
         ids = torch.as_tensor(target_ids(model, self.text), device=logits.device)
         rows = torch.arange(len(logits), device=logits.device)[:, None]
-        last = last_positions(batch).to(logits.device)[:, None]
+        last = _places(logits, batch)[:, None]
         places = last + torch.arange(1 - len(ids), 1, device=logits.device)
         found = logits[rows, places].float().log_softmax(-1)
         return found.gather(-1, ids.expand(len(logits), -1)[..., None])[..., 0].sum(-1)
@@ -249,9 +267,30 @@ def last_positions(batch: EncodedBatch) -> Int[Tensor, " batch"]:
 def last_logits(
     logits: Float[Tensor, "batch seq vocabulary"], batch: EncodedBatch
 ) -> Float[Tensor, "batch vocabulary"]:
-    """The logits of the token that follows each prompt, in float32."""
+    """The logits of the token that follows each prompt, in float32; the logits may be those of the last positions."""
     rows = torch.arange(len(logits), device=logits.device)
-    return logits[rows, last_positions(batch).to(logits.device)].float()
+    return logits[rows, _places(logits, batch)].float()
+
+
+def _places(logits: Float[Tensor, "batch seq vocabulary"], batch: EncodedBatch) -> Int[Tensor, " batch"]:
+    """Where each row's last position is in logits that may begin later than the prompt."""
+    left_out = batch["attention_mask"].shape[1] - logits.shape[1]
+    return last_positions(batch).to(logits.device) - left_out
+
+
+def can_shorten_logits(model: VisionLanguageModel) -> bool:
+    """Whether the model can leave out logits that nobody looks at."""
+    return "logits_to_keep" in inspect.signature(model._module.forward).parameters
+
+
+def shortened(model: VisionLanguageModel, batch: EncodedBatch, n_last: int | None) -> dict[str, Any]:
+    """The model's inputs for a batch, with logits for the last positions alone where model and batch allow it.
+
+    With a vocabulary of 128,000, all logits of a prompt with pictures take more memory than the rest of the pass.
+    """
+    ends_together = bool((batch["attention_mask"][:, -1] != 0).all())
+    short = n_last is not None and ends_together and can_shorten_logits(model)
+    return {**batch, "logits_to_keep": n_last} if short else {**batch}
 
 
 def _several(side: Target | Sequence[Target]) -> list[Target]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -15,6 +14,7 @@ from torch import Tensor
 from sae_lens_multimodal.adapters.batch import EncodedBatch
 from sae_lens_multimodal.adapters.layout import TokenLayout
 from sae_lens_multimodal.adapters.model import VisionLanguageModel
+from sae_lens_multimodal.hooks.metrics import can_shorten_logits
 from sae_lens_multimodal.hooks.saes import reconstruct_tokens
 from sae_lens_multimodal.training.tokens import GROUP_OF_MODALITY, LabelledBatch, TokenChoice, within_norm_ratio
 from sae_lens_multimodal.types import Modality
@@ -94,7 +94,7 @@ def spliced_logits(
     targets = text_targets(batch.layout)
     # Only columns in which some row predicts text: most logits of a prompt with pictures are never looked at.
     columns = targets.any(0).nonzero().squeeze(1)
-    narrow = "logits_to_keep" in inspect.signature(model._module.forward).parameters and len(columns) > 0
+    narrow = can_shorten_logits(model) and len(columns) > 0
     if not narrow:
         columns = torch.arange(targets.shape[1])
     inputs: dict[str, Any] = {**batch.to(model.device)}
