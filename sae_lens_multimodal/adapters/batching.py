@@ -59,23 +59,36 @@ class MediaBatcher(Batcher):
         return tuple(super().assemble(fn))
 
     def _narrow_tensor(self, tensor: Tensor, group: list[int]) -> Tensor:
-        if not self._in_media(tensor):
+        place = self._media_place(tensor, group)
+        if place is None:
             own: Tensor = super()._narrow_tensor(tensor, group)
             return own
-        view = tensor.narrow(0, *self._media_groups[group[0]])
+        view = tensor.narrow(*place)
         view._nnsight_batch = True  # type: ignore[attr-defined] # nnsight's own mark of a slice of the batch
         return view
 
     def _widen_tensor(self, full: Tensor, group: list[int], edited: Tensor) -> Tensor:
-        if not self._in_media(full):
+        place = self._media_place(full, group)
+        if place is None:
             whole: Tensor = super()._widen_tensor(full, group, edited)
             return whole
-        start, size = self._media_groups[group[0]]
-        return torch.cat([full[:start], edited, full[start + size :]])
+        axis, start, size = place
+        rest = start + size
+        return torch.cat([full.narrow(axis, 0, start), edited, full.narrow(axis, rest, full.shape[axis] - rest)], axis)
 
-    def _in_media(self, tensor: Tensor) -> bool:
-        inside = any(self.location.startswith(f"{self.envoy.path}.{path}.") for path in self.envoy.family.media_modules)
-        return inside and tensor.dim() > 0 and tensor.shape[0] == self._media_total
+    def _media_place(self, tensor: Tensor, group: list[int]) -> tuple[int, int, int] | None:
+        """Return axis, start and size of an invoke's share of a tensor within the modules that see pictures."""
+        path = self.location.removeprefix(f"{self.envoy.path}.")
+        family: Family = self.envoy.family
+        if not self._media_total or not any(path.startswith(f"{root}.") for root in family.media_modules):
+            return None
+        axis = family.media_axis(path)
+        if tensor.dim() <= axis or tensor.shape[axis] == 0 or self._media_total % tensor.shape[axis]:
+            return None
+        # where patches are merged, a row stands for several of the finest unit
+        merged = self._media_total // tensor.shape[axis]
+        start, size = self._media_groups[group[0]]
+        return None if start % merged or size % merged else (axis, start // merged, size // merged)
 
 
 def join_invokes(model: Any, family: Family, invokes: Sequence[Invoke]) -> dict[str, Any]:  # noqa: ANN401 - an envoy
@@ -83,6 +96,7 @@ def join_invokes(model: Any, family: Family, invokes: Sequence[Invoke]) -> dict[
     rows: list[dict[str, Tensor]] = []
     forward: dict[str, Any] = {}
     media: list[Mapping[str, Tensor]] = []
+    per_token: list[tuple[tuple[int, int], Mapping[str, Tensor]]] = []
     for inputs, kwargs in invokes:
         encoding = processing.as_encoding(inputs[0] if inputs else None, kwargs)
         if encoding is None or processing.input_key(encoding) is None:
@@ -90,7 +104,26 @@ def join_invokes(model: Any, family: Family, invokes: Sequence[Invoke]) -> dict[
                 f"got an invoke with {sorted(kwargs)} beside others; expected chat messages, text, or model inputs."
             )
         media.append({key: encoding.pop(key) for key in family.media_keys if key in encoding})
+        own_token_keys = {key: encoding.pop(key) for key in family.token_keys if key in encoding}
         own_rows, own_forward = processing.encode_pretokenized(encoding)
+        per_token.append(((len(own_rows), own_rows[0]["attention_mask"].shape[1]), own_token_keys))
         rows.extend(own_rows)
         forward.update(own_forward)
-    return {**processing.collate(model, rows), **family.merge_media(media), **forward}
+    # the same choice of side as nnsight's own
+    processors = (getattr(model, "image_processor", None), model.tokenizer)
+    side = next((side for part in processors if (side := getattr(part, "padding_side", None))), "right")
+    numbers = {
+        key: _padded(key, per_token, side) for key in family.token_keys if any(key in own for _, own in per_token)
+    }
+    return {**processing.collate(model, rows), **family.merge_media(media), **forward, **numbers}
+
+
+def _padded(key: str, parts: Sequence[tuple[tuple[int, int], Mapping[str, Tensor]]], side: str) -> Tensor:
+    """Join an input with a number for each token; 0, which stands for text, where an invoke has none."""
+    width = max(shape[1] for shape, _ in parts)
+    joined = []
+    for shape, own in parts:
+        values = torch.as_tensor(own[key]) if key in own else torch.zeros(shape, dtype=torch.long)
+        lacking = width - shape[1]
+        joined.append(torch.nn.functional.pad(values, (lacking, 0) if side == "left" else (0, lacking)))
+    return torch.cat(joined)

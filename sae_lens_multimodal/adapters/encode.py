@@ -56,12 +56,13 @@ def encode(
         padding_side=padding_side,
         # the template has written the beginning already
         add_special_tokens=not begins,
+        **family.processor_options(),
     )
     inputs = {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"]}
     position_ids = family.position_ids(inputs["attention_mask"])
     if position_ids is not None:
         inputs["position_ids"] = position_ids
-    inputs.update({name: encoded[name] for name in family.media_keys if name in encoded})
+    inputs.update({name: encoded[name] for name in (*family.token_keys, *family.media_keys) if name in encoded})
     layout = build_layout(family, inputs["input_ids"], inputs["attention_mask"], images)
     return EncodedBatch(inputs=inputs, layout=layout, images=images)
 
@@ -72,23 +73,16 @@ def render(family: Family, prompt: ParsedPrompt, add_generation_prompt: bool | N
     Raises:
         PromptError: there is no template, it refuses the messages, or placeholders and pictures do not match.
     """
-    processor = family.processor
-    if processor.chat_template is None:
-        raise PromptError("the processor has no chat template; set model.processor.chat_template.")
     try:
-        text = str(
-            processor.apply_chat_template(
-                prompt.messages,
-                tokenize=False,
-                add_generation_prompt=prompt.wants_answer if add_generation_prompt is None else add_generation_prompt,
-            )
+        text = family.chat_text(
+            prompt.messages, prompt.wants_answer if add_generation_prompt is None else add_generation_prompt
         )
     except TemplateError as error:
         raise PromptError(f"the model's chat template refuses these messages: {error}") from error
-    found = text.count(family.image_token)
+    found = text.count(family.prompt_token)
     if found != len(prompt.images):
         raise PromptError(
-            f"the prompt holds {found} {family.image_token} placeholders for {len(prompt.images)} pictures; "
+            f"the prompt holds {found} {family.prompt_token} placeholders for {len(prompt.images)} pictures; "
             "give every picture as an image part, and leave the placeholder out of the text."
         )
     return text
@@ -112,9 +106,10 @@ def build_layout(
     boxes = np.full((*ids.shape, 4), np.nan, dtype=np.float32)
     image_index = np.full(ids.shape, -1, dtype=np.int64)
     tile = np.full(ids.shape, -1, dtype=np.int64)
+    notes: list[tuple[str, ...]] = []
     for row, pictures in enumerate(images):
-        places = np.flatnonzero(ids[row] == family.image_token_id)
-        parts = [family.image_tokens(*picture.size) for picture in pictures]
+        places = np.flatnonzero(family.is_placeholder(ids[row]))
+        parts = family.row_tokens([picture.size for picture in pictures])
         expected = sum(map(len, parts))
         if len(places) != expected:
             raise LayoutError(
@@ -127,13 +122,32 @@ def build_layout(
             start += len(part)
             modality[row, at], boxes[row, at], tile[row, at] = part.modality, part.boxes, part.tile
             image_index[row, at] = index
+        _place_markers(family, ids[row], places, modality[row], image_index[row])
+        notes.append(tuple(part.inexact for part in parts))
     return TokenLayout(
         modality=torch.from_numpy(modality),
         boxes=torch.from_numpy(boxes),
         image_index=torch.from_numpy(image_index),
         tile=torch.from_numpy(tile),
         image_sizes=tuple(tuple(picture.size for picture in pictures) for pictures in images),
+        inexact=tuple(notes),
     )
+
+
+def _place_markers(
+    family: Family,
+    ids: np.ndarray[Any, Any],
+    places: np.ndarray[Any, Any],
+    modality: np.ndarray[Any, Any],
+    image_index: np.ndarray[Any, Any],
+) -> None:
+    """Give the tokens around and between patches their kind, and the picture of the nearest patch."""
+    for token, kind in family.markers().items():
+        found = np.flatnonzero((ids == token) & (modality != Modality.PADDING))
+        modality[found] = kind
+        if len(places) and len(found):
+            nearest = places[np.abs(found[:, None] - places[None, :]).argmin(axis=1)]
+            image_index[found] = image_index[nearest]
 
 
 def special_ids(tokenizer: Any) -> list[int]:  # noqa: ANN401 - any transformers tokenizer

@@ -8,11 +8,14 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
-from jaxtyping import Float32, Int, Int8, Int64
+import torch
+from jaxtyping import Bool, Float32, Int, Int8, Int64
 from PIL import Image
 from torch import Tensor
 
 from sae_lens_multimodal.adapters.hook_points import HookPoint
+from sae_lens_multimodal.errors import PromptError
+from sae_lens_multimodal.types import Modality
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,8 @@ class ImageTokens:
     """`x0, y0, x1, y1` in pixels of the original; NaN where not IMAGE."""
     tile: Int64[np.ndarray, " n"]
     """0 for the view of the whole picture, 1 and up for its tiles; -1 where none."""
+    inexact: str = ""
+    """Why tokens have no exact place, where the model resamples or pools patches; empty where boxes are exact."""
 
     def __len__(self) -> int:
         """Return the number of placeholders."""
@@ -38,6 +43,8 @@ class Family(ABC):
     """`config.model_type` of its models."""
     media_keys: ClassVar[tuple[str, ...]]
     """The model inputs that carry pictures."""
+    token_keys: ClassVar[tuple[str, ...]] = ()
+    """Further inputs with a number for each token, such as `token_type_ids`; 0 stands for text and padding."""
     media_modules: ClassVar[tuple[str, ...]]
     """Paths of the modules whose batch dimension counts pieces of pictures instead of prompts."""
     old_paths: ClassVar[Mapping[str, str]]
@@ -53,24 +60,29 @@ class Family(ABC):
         self.processor = processor
 
     @property
-    @abstractmethod
     def n_layers(self) -> int:
         """Number of blocks of the language model."""
+        return int(self.config.text_config.num_hidden_layers)
 
     @property
-    @abstractmethod
     def d_model(self) -> int:
         """Width of the language model's residual stream."""
+        return int(self.config.text_config.hidden_size)
 
     @property
-    @abstractmethod
     def image_token_id(self) -> int:
         """The token that stands for every patch of a picture."""
+        return int(self.config.image_token_id)
 
     @property
-    @abstractmethod
     def image_token(self) -> str:
         """That token as text."""
+        return str(self.processor.image_token)
+
+    @property
+    def prompt_token(self) -> str:
+        """The text that stands for a whole picture in a prompt, before the processor fills in its tokens."""
+        return self.image_token
 
     @abstractmethod
     def hook_points(self) -> Sequence[HookPoint]:
@@ -80,17 +92,57 @@ class Family(ABC):
     def image_tokens(self, width: int, height: int) -> ImageTokens:
         """Return how the placeholders of a picture of this size lie in it, as the processor and the model have it."""
 
-    @abstractmethod
+    def row_tokens(self, sizes: Sequence[tuple[int, int]]) -> list[ImageTokens]:
+        """Return `image_tokens` of all pictures of one prompt, by (width, height).
+
+        To be overridden where a picture's tokens depend on how many pictures the prompt has.
+        """
+        return [self.image_tokens(width, height) for width, height in sizes]
+
+    def is_placeholder(self, ids: Int[np.ndarray, "..."]) -> Bool[np.ndarray, "..."]:
+        """Mark the positions that `image_tokens` describes."""
+        return np.asarray(ids == self.image_token_id)
+
+    def markers(self) -> Mapping[int, Modality]:
+        """Return the tokens with which the processor encloses or divides a picture: SPECIAL, or NEWLINE after rows."""
+        return {}
+
     def merge_media(self, batches: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """Join the picture inputs of several batches; each may have none."""
+        """Join the picture inputs of several batches, one after the other; each may have none."""
+        return {
+            key: torch.cat([torch.as_tensor(batch[key]) for batch in batches if batch.get(key) is not None])
+            for key in self.media_keys
+            if any(batch.get(key) is not None for batch in batches)
+        }
 
-    @abstractmethod
     def media_rows(self, inputs: Mapping[str, Any]) -> int:
-        """Return how many rows the modules in `media_modules` see for these model inputs."""
+        """Return how many pieces of pictures the modules in `media_modules` see, in the finest of their units."""
+        pixels = inputs.get("pixel_values")
+        return 0 if pixels is None else len(pixels)
 
-    @abstractmethod
+    def media_axis(self, path: str) -> int:
+        """Return the dimension that counts pieces of pictures in the tensors of the module at this path."""
+        return 0
+
     def position_ids(self, attention_mask: Int[Tensor, "batch seq"]) -> Int64[Tensor, "batch seq"] | None:
         """Return the positions that leave padding uncounted; None where the model derives them itself."""
+        return (attention_mask.long().cumsum(-1) - 1).masked_fill(attention_mask == 0, 0)
+
+    def chat_text(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
+        """Write a conversation as text, with `prompt_token` for each picture.
+
+        Raises:
+            PromptError: the processor has no chat template.
+        """
+        if self.processor.chat_template is None:
+            raise PromptError("the processor has no chat template; set model.processor.chat_template.")
+        return str(
+            self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+        )
+
+    def processor_options(self) -> dict[str, Any]:
+        """Return further arguments for the processor."""
+        return {}
 
     @classmethod
     @abstractmethod

@@ -72,29 +72,37 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True)
 class BlockModules:
-    """The modules of a pre-norm transformer block, relative to the block, and operations within their forwards."""
+    """The modules of a pre-norm transformer block, relative to the block, and operations within their forwards.
+
+    Where one is None, the block has no such module or operation, and the hook is left out.
+    """
 
     ln1: str
     attention: str
-    """Its output is a tuple that begins with what is added to the residual stream."""
-    q: str
-    k: str
-    v: str
+    attention_element: int | None = 0
+    """Which element of the attention's output goes on to the residual stream; None where it is a bare tensor."""
+    q: str | None
+    k: str | None
+    v: str | None
     o: str
+    ln1_post: str | None = None
+    """The norm of the attention's output, whose output is what is added to the residual stream."""
     ln2: str
     mlp: str
-    mlp_in: str
+    mlp_in: str | None
     """The linear layer whose output is the MLP's pre-activation."""
     mlp_gated: str | None
     """The linear layer whose output is multiplied with the activation, if the MLP is gated."""
-    mlp_out: str
-    mid: str
+    mlp_out: str | None
+    ln2_post: str | None = None
+    """The norm of the MLP's output, whose output is what is added to the residual stream."""
+    mid: str | None
     """Operation of the block: the residual stream between attention and MLP, which no module's output is."""
     normalized: str | None
     """Operation of the norms: the normalised value before the weight; None where the norm is one call."""
-    scores: str
+    scores: str | None
     """Operation of the eager attention whose first input is the masked scores."""
-    pattern: str
+    pattern: str | None
     """Operation of the eager attention: the attention weights on their way to the values."""
     width: int
     mlp_width: int
@@ -104,30 +112,64 @@ class BlockModules:
 
 
 def block_parts(m: BlockModules) -> tuple[Part, ...]:
-    """Return the TransformerLens hooks of a pre-norm block, in the order in which a forward pass reaches them."""
-    q_width, k_width = m.heads * m.head_width, m.key_heads * m.head_width
-    gated = () if m.mlp_gated is None else (Part("mlp.hook_pre_linear", m.mlp_gated, d=m.mlp_width),)
+    """Return the TransformerLens hooks of a pre-norm block, in the order in which a forward pass reaches them.
+
+    As in TransformerLens, `hook_attn_out` and `hook_mlp_out` are what is added to the residual stream: where a norm
+    follows attention or MLP, they are that norm's output, and the module's own output is `attn.hook_out`, `mlp.hook_out`.
+    """
+    # the block adds the middle to the MLP's output too, so writing the input of ln2 would reach only half of it
+    middle = () if m.mid is None else (Part("hook_resid_mid", operation=m.mid, d=m.width),)
     return (
         Part("hook_resid_pre", side="input", d=m.width),
         *norm_parts("ln1", m.ln1, m.width, m.normalized),
-        Part("attn.hook_in", m.attention, side="input", d=m.width),
-        Part("attn.hook_q", m.q, d=q_width, heads=m.heads),
-        Part("attn.hook_k", m.k, d=k_width, heads=m.key_heads),
-        Part("attn.hook_v", m.v, d=k_width, heads=m.key_heads),
-        Part("attn.hook_attn_scores", m.attention, side="input", operation=m.scores, needs=EAGER),
-        Part("attn.hook_pattern", m.attention, operation=m.pattern, needs=EAGER),
-        Part("attn.hook_z", m.o, side="input", d=q_width, heads=m.heads),
-        Part("hook_attn_out", m.attention, d=m.width, element=0),
-        # the block adds this to the MLP's output too, so writing the input of ln2 would reach only half of it
-        Part("hook_resid_mid", operation=m.mid, d=m.width),
+        *_attention_parts(m),
+        *middle,
         *norm_parts("ln2", m.ln2, m.width, m.normalized),
-        Part("mlp.hook_in", m.mlp, side="input", d=m.width),
-        Part("mlp.hook_pre", m.mlp_in, d=m.mlp_width),
-        *gated,
-        Part("mlp.hook_post", m.mlp_out, side="input", d=m.mlp_width),
-        Part("hook_mlp_out", m.mlp, d=m.width),
+        *_mlp_parts(m),
         Part("hook_resid_post", d=m.width),
     )
+
+
+def _attention_parts(m: BlockModules) -> tuple[Part, ...]:
+    q_width, k_width = m.heads * m.head_width, m.key_heads * m.head_width
+    attention = replace(Part("attn.hook_out", m.attention, d=m.width), element=m.attention_element)
+    inner = (
+        None if m.q is None else Part("attn.hook_q", m.q, d=q_width, heads=m.heads),
+        None if m.k is None else Part("attn.hook_k", m.k, d=k_width, heads=m.key_heads),
+        None if m.v is None else Part("attn.hook_v", m.v, d=k_width, heads=m.key_heads),
+        None
+        if m.scores is None
+        else Part("attn.hook_attn_scores", m.attention, side="input", operation=m.scores, needs=EAGER),
+        None if m.pattern is None else Part("attn.hook_pattern", m.attention, operation=m.pattern, needs=EAGER),
+    )
+    return (
+        Part("attn.hook_in", m.attention, side="input", d=m.width),
+        *(part for part in inner if part is not None),
+        Part("attn.hook_z", m.o, side="input", d=q_width, heads=m.heads),
+        *_added("hook_attn_out", attention, "ln1_post", m.ln1_post, m),
+    )
+
+
+def _mlp_parts(m: BlockModules) -> tuple[Part, ...]:
+    inner = (
+        None if m.mlp_in is None else Part("mlp.hook_pre", m.mlp_in, d=m.mlp_width),
+        None if m.mlp_gated is None else Part("mlp.hook_pre_linear", m.mlp_gated, d=m.mlp_width),
+        None if m.mlp_out is None else Part("mlp.hook_post", m.mlp_out, side="input", d=m.mlp_width),
+    )
+    return (
+        Part("mlp.hook_in", m.mlp, side="input", d=m.width),
+        *(part for part in inner if part is not None),
+        *_added("hook_mlp_out", Part("mlp.hook_out", m.mlp, d=m.width), "ln2_post", m.ln2_post, m),
+    )
+
+
+def _added(name: str, own: Part, norm: str, module: str | None, m: BlockModules) -> tuple[Part, ...]:
+    """Return the hooks from a module's own output to what is added to the residual stream."""
+    if module is None:
+        return (replace(own, name=name),)
+    before = tuple(part for part in norm_parts(norm, module, m.width, m.normalized) if part.side == "output")
+    # the norm's output has the better known name
+    return (own, *before[:-1], replace(before[-1], name=name))
 
 
 def norm_parts(name: str, module: str, width: int, normalized: str | None) -> tuple[Part, ...]:
@@ -155,12 +197,14 @@ BLOCK_ALIASES = {
     "attn.k.hook_out": "attn.hook_k",
     "attn.v.hook_out": "attn.hook_v",
     "attn.o.hook_in": "attn.hook_z",
-    "attn.o.hook_out": "hook_attn_out",
+    "attn.o.hook_out": "attn.hook_out",
+    "ln1_post.hook_out": "hook_attn_out",
     "mlp.hook_out": "hook_mlp_out",
     "mlp.gate.hook_out": "mlp.hook_pre",
     "mlp.in.hook_out": "mlp.hook_pre_linear",
     "mlp.out.hook_in": "mlp.hook_post",
-    "mlp.out.hook_out": "hook_mlp_out",
+    "mlp.out.hook_out": "mlp.hook_out",
+    "ln2_post.hook_out": "hook_mlp_out",
 }
 """Other names of hooks within a block, as TransformerLens's bridge spells them."""
 
@@ -237,8 +281,10 @@ class HookTable:
                 name = ours + name.removeprefix(beginning)
         head, found, rest = name.partition("blocks.")
         index, _, tail = rest.partition(".")
-        if found and tail in BLOCK_ALIASES:
-            name = f"{head}{found}{index}.{BLOCK_ALIASES[tail]}"
+        # an alias may lead to another, where a block has no hook of the first one's name
+        while found and name not in self._points and tail in BLOCK_ALIASES:
+            tail = BLOCK_ALIASES[tail]
+            name = f"{head}{found}{index}.{tail}"
         return name if name in self._points else None
 
     def _renamed(self, path: str) -> Iterator[str]:

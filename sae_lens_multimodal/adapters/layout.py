@@ -37,6 +37,8 @@ class TokenLayout:
     """0 in the view of the whole picture, 1 and up in its tiles; -1 where none."""
     image_sizes: tuple[tuple[tuple[int, int], ...], ...]
     """For each row, the (width, height) of its pictures."""
+    inexact: tuple[tuple[str, ...], ...] = ()
+    """For each row and picture, why some of its tokens have no exact place, such as pooling; empty where all have."""
 
     @property
     def n_rows(self) -> int:
@@ -73,6 +75,7 @@ class TokenLayout:
             image_index=self.image_index[rows],
             tile=self.tile[rows],
             image_sizes=(self.image_sizes[index],),
+            inexact=self.inexact[index : index + 1],
         )
 
     def tokens_in(

@@ -8,20 +8,33 @@ from typing import Any, ClassVar, NamedTuple, final
 
 import numpy as np
 import torch
-from jaxtyping import Int, Int64
 from torch import Tensor
 from transformers.image_processing_utils import select_best_resolution
 
 from sae_lens_multimodal.adapters.family import Family, ImageTokens
-from sae_lens_multimodal.adapters.hook_points import BlockModules, HookPoint, Part, block_parts, blocks, norm_parts
+from sae_lens_multimodal.adapters.grid import (
+    boxes_of,
+    grid_edges,
+    height_width,
+    join_views,
+    patches_of_view,
+    with_row_ends,
+)
+from sae_lens_multimodal.adapters.hook_points import HookPoint
+from sae_lens_multimodal.adapters.modules import (
+    LANGUAGE,
+    OLD_PATHS,
+    PROJECTOR,
+    UNEMBEDDING,
+    VISION,
+    clip_vision_hooks,
+    embedding_hook,
+    language_hooks,
+    llama_block,
+    projector_hooks,
+)
 from sae_lens_multimodal.errors import LayoutError, UnsupportedModelError
-from sae_lens_multimodal.types import Modality
 
-LANGUAGE = "model.language_model"
-VISION = "model.vision_tower"
-PROJECTOR = "model.multi_modal_projector"
-RMS_NORMALIZED = "hidden_states_to_1"
-"""The operation in transformers' RMS norms that is cast back before the weight."""
 CLASS_TOKENS = {"clip_vision_model": 1, "siglip_vision_model": 0}
 """Tokens before the patches, by kind of vision tower."""
 
@@ -53,15 +66,9 @@ class LlavaNext(Family):
     model_type: ClassVar[str] = "llava_next"
     media_keys: ClassVar[tuple[str, ...]] = ("pixel_values", "image_sizes")
     media_modules: ClassVar[tuple[str, ...]] = (VISION, PROJECTOR)
-    old_paths: ClassVar[Mapping[str, str]] = {
-        "language_model.model.": f"{LANGUAGE}.",
-        "language_model.lm_head": "lm_head",
-        "vision_tower.vision_model.": f"{VISION}.",
-        "vision_tower": VISION,
-        "multi_modal_projector": PROJECTOR,
-    }
+    old_paths: ClassVar[Mapping[str, str]] = OLD_PATHS
     final_norm: ClassVar[str] = f"{LANGUAGE}.norm"
-    unembedding: ClassVar[str] = "lm_head"
+    unembedding: ClassVar[str] = UNEMBEDDING
 
     def __init__(self, config: Any, processor: Any) -> None:  # noqa: ANN401 - transformers' own
         """Read the configuration.
@@ -84,58 +91,16 @@ class LlavaNext(Family):
             )
         _complete_processor(config, processor)
 
-    @property
-    def n_layers(self) -> int:
-        """Number of blocks of the language model."""
-        return int(self.config.text_config.num_hidden_layers)
-
-    @property
-    def d_model(self) -> int:
-        """Width of the language model's residual stream."""
-        return int(self.config.text_config.hidden_size)
-
-    @property
-    def image_token_id(self) -> int:
-        """The token that stands for every patch of a picture."""
-        return int(self.config.image_token_id)
-
-    @property
-    def image_token(self) -> str:
-        """That token as text."""
-        return str(self.processor.image_token)
-
     def hook_points(self) -> Sequence[HookPoint]:
         """Return all named hooks in the order in which a forward pass reaches them."""
         text, vision = self.config.text_config, self.config.vision_config
+        layers = self.config.vision_feature_layer
+        seen = vision.hidden_size * (1 if isinstance(layers, int) else len(layers))
         return (
-            Part("hook_embed", "embed_tokens", d=text.hidden_size).at(prefix="", path=LANGUAGE, tower="language"),
-            Part("hook_embed", "embeddings", d=vision.hidden_size).at(prefix="vision.", path=VISION, tower="vision"),
-            *blocks(
-                block_parts(_vision_block(vision)),
-                prefix="vision.blocks.",
-                path=f"{VISION}.encoder.layers",
-                count=vision.num_hidden_layers,
-                tower="vision",
-            ),
-            *(
-                part.at(prefix="projector.", path=PROJECTOR, tower="projector")
-                for part in _projector_parts(self.config)
-            ),
-            *blocks(
-                block_parts(_language_block(text)),
-                prefix="blocks.",
-                path=f"{LANGUAGE}.layers",
-                count=text.num_hidden_layers,
-                tower="language",
-            ),
-            *(
-                part.at(prefix="", path=LANGUAGE, tower="language")
-                for part in norm_parts("ln_final", "norm", text.hidden_size, RMS_NORMALIZED)
-            ),
-            Part("hook_in", side="input", d=text.hidden_size).at(
-                prefix="unembed.", path=self.unembedding, tower="language"
-            ),
-            Part("hook_out", d=text.vocab_size).at(prefix="unembed.", path=self.unembedding, tower="language"),
+            *embedding_hook(text),
+            *clip_vision_hooks(vision),
+            *projector_hooks(seen, text.hidden_size, text.hidden_size),
+            *language_hooks(text, llama_block(text)),
         )
 
     def image_tokens(self, width: int, height: int) -> ImageTokens:
@@ -175,10 +140,6 @@ class LlavaNext(Family):
             )
         )
 
-    def position_ids(self, attention_mask: Int[Tensor, "batch seq"]) -> Int64[Tensor, "batch seq"]:
-        """Count the positions of each row from its first token."""
-        return (attention_mask.long().cumsum(-1) - 1).masked_fill(attention_mask == 0, 0)
-
     def scan_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Give picture sizes as numbers: how many tiles there are follows from them."""
         sizes = inputs.get("image_sizes")
@@ -193,10 +154,10 @@ class LlavaNext(Family):
 
     def _geometry(self) -> _Geometry:
         images, side = self.processor.image_processor, int(self.config.vision_config.image_size)
-        base = _height_width(images.size)
-        cut = _height_width(images.crop_size)[0] if images.crop_size else base[0]
+        base = height_width(images.size)
+        cut = height_width(images.crop_size)[0] if images.crop_size else base[0]
         resize = base if images.do_resize else None
-        seen = _height_width(images.crop_size) if images.do_center_crop else (resize or (cut, cut))
+        seen = height_width(images.crop_size) if images.do_center_crop else (resize or (cut, cut))
         if seen != (side, side) or (resize is None and not images.do_center_crop and base != seen):
             raise LayoutError(
                 f"the image processor makes views of {seen[0]} x {seen[1]} pixels, the vision tower expects "
@@ -215,27 +176,13 @@ class LlavaNext(Family):
 
 @lru_cache(maxsize=256)
 def _image_tokens(width: int, height: int, geometry: _Geometry) -> ImageTokens:
-    base = _base_boxes(width, height, geometry)
-    boxes, tile = _tile_boxes(width, height, geometry)
-    rows, columns = tile.shape
-    # one separator after each row of patches
-    lined = np.full((rows, columns + 1, 4), np.nan, dtype=np.float32)
-    lined[:, :columns] = boxes
-    numbers = np.full((rows, columns + 1), -1, dtype=np.int64)
-    numbers[:, :columns] = tile
-    kinds = np.full((rows, columns + 1), Modality.NEWLINE, dtype=np.int8)
-    kinds[:, :columns] = Modality.IMAGE
-    return ImageTokens(
-        modality=np.concatenate([np.full(len(base), Modality.IMAGE, dtype=np.int8), kinds.reshape(-1)]),
-        boxes=np.concatenate([base, lined.reshape(-1, 4)]),
-        tile=np.concatenate([np.zeros(len(base), dtype=np.int64), numbers.reshape(-1)]),
-    )
+    base = patches_of_view(_base_boxes(width, height, geometry), 0)
+    return join_views(base, with_row_ends(*_tile_boxes(width, height, geometry)))
 
 
 def _patch_edges(g: _Geometry, source: tuple[int, int]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """Return [grid, 2] start and stop of the patches along y and x, in pixels of the square before resize and crop."""
-    starts = np.arange(g.grid, dtype=np.float64) * g.patch
-    edges = np.stack([starts, starts + g.patch], axis=1)
+    edges = grid_edges(g.grid, g.patch)
     sizes = g.resize or source
     result = []
     for size, original in zip(sizes, source, strict=True):
@@ -248,7 +195,7 @@ def _base_boxes(width: int, height: int, g: _Geometry) -> np.ndarray[Any, np.dty
     """Boxes [grid², 4] of the base view, which squashes the whole picture into a square."""
     y, x = _patch_edges(g, g.base)
     y, x = y * (height / g.base[0]), x * (width / g.base[1])
-    return _boxes(y, x, width, height).reshape(-1, 4)
+    return boxes_of(y, x, width, height).reshape(-1, 4)
 
 
 def _tile_boxes(
@@ -263,7 +210,7 @@ def _tile_boxes(
     new_h, new_w = _fitted(width, height, canvas_w, canvas_h)
     y = (y - (canvas_h - new_h) // 2) * (height / new_h)
     x = (x - (canvas_w - new_w) // 2) * (width / new_w)
-    boxes = _boxes(y, x, width, height)
+    boxes = boxes_of(y, x, width, height)
     number = 1 + (np.arange(len(y)) // g.grid)[:, None] * tiles_x + (np.arange(len(x)) // g.grid)[None, :]
     cut_y, cut_x = _unpadding(width, height, len(x), len(y))
     rows, columns = slice(cut_y, len(y) - cut_y), slice(cut_x, len(x) - cut_x)
@@ -285,24 +232,6 @@ def _unpadding(width: int, height: int, columns: int, rows: int) -> tuple[int, i
     return 0, (columns - int(round(width * (rows / height), 7))) // 2
 
 
-def _boxes(
-    y: np.ndarray[Any, Any], x: np.ndarray[Any, Any], width: int, height: int
-) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """Combine edges along y and x to boxes [rows, columns, 4] within the picture."""
-    y, x = y.clip(0, height), x.clip(0, width)
-    boxes = np.empty((len(y), len(x), 4), dtype=np.float32)
-    boxes[..., 0], boxes[..., 2] = x[None, :, 0], x[None, :, 1]
-    boxes[..., 1], boxes[..., 3] = y[:, None, 0], y[:, None, 1]
-    return boxes
-
-
-def _height_width(size: Any) -> tuple[int, int]:  # noqa: ANN401 - a dict or transformers' SizeDict
-    """Read a processor's size, where `shortest_edge` means a square as far as LLaVA-NeXT is concerned."""
-    given: dict[str, int] = {key: value for key, value in dict(size).items() if value is not None}
-    edge = given.get("shortest_edge", 0)
-    return int(given.get("height", edge)), int(given.get("width", edge))
-
-
 def _complete_processor(config: Any, processor: Any) -> None:  # noqa: ANN401 - transformers' own
     """Fill in what processors saved by older versions of transformers lack and need to count tokens."""
     if processor.patch_size is None:
@@ -310,67 +239,3 @@ def _complete_processor(config: Any, processor: Any) -> None:  # noqa: ANN401 - 
         processor.num_additional_image_tokens = CLASS_TOKENS[config.vision_config.model_type]
     if processor.vision_feature_select_strategy is None:
         processor.vision_feature_select_strategy = config.vision_feature_select_strategy
-
-
-def _language_block(text: Any) -> BlockModules:  # noqa: ANN401 - a transformers config
-    heads = text.num_attention_heads
-    return BlockModules(
-        ln1="input_layernorm",
-        attention="self_attn",
-        q="self_attn.q_proj",
-        k="self_attn.k_proj",
-        v="self_attn.v_proj",
-        o="self_attn.o_proj",
-        ln2="post_attention_layernorm",
-        mlp="mlp",
-        mlp_in="mlp.gate_proj",
-        mlp_gated="mlp.up_proj",
-        mlp_out="mlp.down_proj",
-        mid="hidden_states_1",
-        normalized=RMS_NORMALIZED,
-        scores="attention_interface_1.source.nn_functional_softmax_0",
-        pattern="attention_interface_1.source.attn_weights_3",
-        width=text.hidden_size,
-        mlp_width=text.intermediate_size,
-        heads=heads,
-        key_heads=text.num_key_value_heads,
-        head_width=text.to_dict().get("head_dim") or text.hidden_size // heads,
-    )
-
-
-def _vision_block(vision: Any) -> BlockModules:  # noqa: ANN401 - a transformers config
-    heads = vision.num_attention_heads
-    return BlockModules(
-        ln1="layer_norm1",
-        attention="self_attn",
-        q="self_attn.q_proj",
-        k="self_attn.k_proj",
-        v="self_attn.v_proj",
-        o="self_attn.out_proj",
-        ln2="layer_norm2",
-        mlp="mlp",
-        mlp_in="mlp.fc1",
-        mlp_gated=None,
-        mlp_out="mlp.fc2",
-        mid="hidden_states_1",
-        normalized=None,
-        scores="attention_interface_1.source.nn_functional_softmax_0",
-        pattern="attention_interface_1.source.attn_weights_3",
-        width=vision.hidden_size,
-        mlp_width=vision.intermediate_size,
-        heads=heads,
-        key_heads=heads,
-        head_width=vision.hidden_size // heads,
-    )
-
-
-def _projector_parts(config: Any) -> tuple[Part, ...]:  # noqa: ANN401 - a transformers config
-    layers = config.vision_feature_layer
-    seen = config.vision_config.hidden_size * (1 if isinstance(layers, int) else len(layers))
-    width = config.text_config.hidden_size
-    return (
-        Part("hook_in", side="input", d=seen),
-        Part("hook_pre", "linear_1", d=width),
-        Part("hook_post", "linear_2", side="input", d=width),
-        Part("hook_out", d=width),
-    )

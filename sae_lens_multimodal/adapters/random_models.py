@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,19 +28,27 @@ CHAT_TEMPLATE = (
 )
 
 
-def word_tokenizer() -> PreTrainedTokenizerFast:
-    """Return a tokenizer that knows two dozen whole words and the control tokens of a chat with pictures."""
-    vocabulary = {word: index for index, word in enumerate((*CONTROL, *WORDS))}
+def word_tokenizer(
+    control: Sequence[str] = CONTROL, words: Sequence[str] = WORDS, **named: str
+) -> PreTrainedTokenizerFast:
+    """Return a tokenizer that knows two dozen whole words and the control tokens of a chat with pictures.
+
+    Args:
+        control: the control tokens, each of which is one token even without spaces around it; with those of `CONTROL`.
+        words: the words.
+        **named: control tokens by a name of their own, as processors look them up; `image_token` is `<image>` already.
+    """
+    vocabulary = {word: index for index, word in enumerate((*control, *words))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.add_special_tokens(list(CONTROL))
+    tokenizer.add_special_tokens(list(control))
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<pad>",
         unk_token="<unk>",
         bos_token="<s>",
         eos_token="</s>",
-        extra_special_tokens={"image_token": "<image>"},
+        extra_special_tokens={"image_token": "<image>"} | named,
     )
 
 
@@ -52,32 +61,53 @@ def randomise(module: torch.nn.Module, seed: int) -> None:
         parameter.data = 1.0 + 0.2 * noise if is_scale else noise * (parameter.shape[-1] ** -0.5)
 
 
+def tiny_llama(tokenizer: PreTrainedTokenizerFast, **settings: Any) -> LlamaConfig:  # noqa: ANN401 - transformers' own
+    """Return the configuration of a Llama with two small blocks and grouped heads, `settings` on top."""
+    return LlamaConfig(
+        **{
+            "vocab_size": len(tokenizer),
+            "hidden_size": 48,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 2048,
+            "rms_norm_eps": 1e-5,
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        }
+        | settings
+    )
+
+
+def tiny_tower(side: int = 48, patch: int = 8, **settings: Any) -> dict[str, Any]:  # noqa: ANN401 - transformers' own
+    """Return the settings of a small CLIP or SigLIP vision tower, `settings` on top."""
+    return {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": side,
+        "patch_size": patch,
+    } | settings
+
+
+def finished(model: Any, tokenizer: PreTrainedTokenizerFast, seed: int) -> Any:  # noqa: ANN401 - a transformers model
+    """Return the model with random weights, ready to generate."""
+    randomise(model.eval(), seed)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    return model
+
+
 def random_llava_next(seed: int = 0) -> tuple[LlavaNextForConditionalGeneration, LlavaNextProcessor]:
     """Return a LLaVA-NeXT with two small blocks on each side, and its processor."""
     pinpoints = [[48, 96], [96, 48], [96, 96]]
     tokenizer = word_tokenizer()
     config = LlavaNextConfig(
-        vision_config=CLIPVisionConfig(
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            image_size=48,
-            patch_size=8,
-        ),
-        text_config=LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=48,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=2048,
-            rms_norm_eps=1e-5,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        ),
+        vision_config=CLIPVisionConfig(**tiny_tower()),
+        text_config=tiny_llama(tokenizer),
         image_token_index=CONTROL.index("<image>"),
         image_grid_pinpoints=pinpoints,
         vision_feature_layer=-2,
@@ -94,8 +124,4 @@ def random_llava_next(seed: int = 0) -> tuple[LlavaNextForConditionalGeneration,
         num_additional_image_tokens=1,
         chat_template=CHAT_TEMPLATE,
     )
-    model = LlavaNextForConditionalGeneration(config).eval()
-    randomise(model, seed)
-    generation: Any = model.generation_config
-    generation.eos_token_id, generation.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
-    return model, processor
+    return finished(LlavaNextForConditionalGeneration(config), tokenizer, seed), processor

@@ -236,10 +236,10 @@ def layout_of(family: Family, forward: ForwardPass) -> TokenLayout:
         # A placeholder that the model itself generates stands for no picture: it is a control token like others.
         control = special_ids(family.processor.tokenizer)[0]
         return build_layout(
-            family, ids.masked_fill(ids == family.image_token_id, control), _attention(forward), [[]] * len(ids)
+            family, ids.masked_fill(_placeholders(family, ids), control), _attention(forward), [[]] * len(ids)
         )
     copies = len(ids) // forward.n_prompts if forward.n_prompts else 1
-    counts = (ids[::copies] == family.image_token_id).sum(-1).tolist()
+    counts = _placeholders(family, ids[::copies]).sum(-1).tolist()
     pictures = [one for one in _share_out(family, counts, list(forward.picture_sizes)) for _ in range(copies)]
     try:
         return build_layout(family, ids, _attention(forward), cast("list[list[Image.Image]]", pictures))
@@ -247,20 +247,28 @@ def layout_of(family: Family, forward: ForwardPass) -> TokenLayout:
         raise SelectionError(f"It is not clear where the images are ({error}); choose tokens by a mask.") from error
 
 
+def _placeholders(family: Family, ids: Tensor) -> Tensor:
+    return torch.from_numpy(family.is_placeholder(ids.cpu().numpy())).to(ids.device)
+
+
 def _share_out(family: Family, counts: Sequence[int], sizes: list[tuple[int, int]]) -> list[list[_Sized]]:
     """Give each row the pictures that its number of image tokens calls for."""
     rows: list[list[_Sized]] = []
     for row, count in enumerate(counts):
-        rows.append([])
-        while count > 0:
-            if not sizes:
-                raise SelectionError(
-                    f"Row {row} has image tokens for which the run was given no picture sizes; choose tokens by a "
-                    "mask, such as tokens=batch.layout.is_image."
-                )
-            rows[-1].append(_Sized(sizes.pop(0)))
-            count -= len(family.image_tokens(*rows[-1][-1].size))
+        # how many tokens a picture has may depend on how many others the prompt has
+        taken = next((n for n in range(len(sizes) + 1) if _tokens_of(family, sizes[:n]) == count), None)
+        if taken is None:
+            raise SelectionError(
+                f"Row {row} has image tokens for which the run was given no picture sizes; choose tokens by a "
+                "mask, such as tokens=batch.layout.is_image."
+            )
+        rows.append([_Sized(size) for size in sizes[:taken]])
+        del sizes[:taken]
     return rows
+
+
+def _tokens_of(family: Family, sizes: Sequence[tuple[int, int]]) -> int:
+    return sum(map(len, family.row_tokens(sizes)))
 
 
 @dataclass(frozen=True)

@@ -149,7 +149,7 @@ class MultimodalMultiSAETrainingRunner:
             saes=self.saes,
             hook_names={name: part.cfg.hook_name for name, part in self.parts.items()},
             data_provider=SharedBatches(self.activations_store, provider),
-            evaluator=self.evaluate,
+            evaluator=self.evaluate if first.n_eval_batches else None,
             save_checkpoint_fn=self.save_checkpoint,
             progress=first.progress,
             balanced_threshold=first.balanced_threshold,
@@ -178,7 +178,7 @@ class MultimodalMultiSAETrainingRunner:
         part._evaluate(part.sae)
         self.metrics[name] = part.metrics
         if own.log is not None:
-            own.log.write(part.final_numbers(), step=own.n_training_steps, tokens=own.n_training_samples)
+            own.log_numbers(part.final_numbers())
             own.log.plot()
         # What was read and dropped is counted where it was read.
         part.activations_store = self.activations_store

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from sae_lens.config import SAETrainerConfig
 from sae_lens.saes.sae import TrainingSAE, TrainStepOutput
 from sae_lens.training._interruption import InterruptedException
@@ -166,11 +167,34 @@ class MultimodalMultiSAETrainer(MultiSAETrainer):
         self.n_training_samples = max(trainer.n_training_samples for trainer in self.trainers.values())
         if self.cfg.logger.log_to_wandb:
             self._log_train_step(outputs)
-            self._run_and_log_evals()
+        self._run_and_log_evals()
         for trainer in self.trainers.values():
             trainer.n_training_steps += 1
         self.n_training_steps += 1
         self._checkpoint_if_needed()
+
+    @torch.no_grad()
+    def _run_and_log_evals(self) -> None:
+        """Evaluate all SAEs on held-out prompts every `eval_every_n_wandb_logs` logged steps, wherever it is logged."""
+        every = self.cfg.logger.wandb_log_frequency * self.cfg.logger.eval_every_n_wandb_logs
+        if self.evaluator is None or (self.n_training_steps + 1) % every:
+            return
+        logging_locally = any(trainer.log is not None for trainer in self.trainers.values())
+        if not logging_locally and not self.cfg.logger.log_to_wandb:
+            return
+        for sae in self.saes.values():
+            sae.eval()
+        scalers = {name: trainer.activation_scaler for name, trainer in self.trainers.items()}
+        found = self.evaluator(self.saes, self.data_provider, scalers, self.hook_names)
+        for name, trainer in self.trainers.items():
+            own = {key.removeprefix(f"{name}/"): value for key, value in found.items() if key.startswith(f"{name}/")}
+            trainer.log_numbers(own)
+        if self.cfg.logger.log_to_wandb:
+            import wandb
+
+            wandb.log(found, step=self.n_training_steps)
+        for sae in self.saes.values():
+            sae.train()
 
     def _finish(self) -> None:
         self.data_provider.serve(max(trainer.n_batches_to_finish for trainer in self.trainers.values()))

@@ -289,19 +289,22 @@ class MultimodalSAETrainer(SAETrainer[TrainingSAE[Any], Any]):
 
     def record(self, values: Mapping[str, Any]) -> None:
         """Log numbers of this step: to the local log, if there is one, and to wandb, if that is on."""
-        if self.log is not None:
-            self.log.write(values, step=self.n_training_steps, tokens=self.n_training_samples)
+        self.log_numbers(values)
         if self.cfg.logger.log_to_wandb:
             import wandb
 
             wandb.log(dict(values), step=self.n_training_steps)
 
+    def log_numbers(self, values: Mapping[str, Any]) -> None:
+        """Write numbers of this step to the local log alone, if there is one."""
+        if self.log is not None:
+            self.log.write(values, step=self.n_training_steps, tokens=self.n_training_samples)
+
     @torch.no_grad()
     def log_locally(self, step_output: TrainStepOutput) -> None:
         """Write this step to the local log alone, every `wandb_log_frequency` steps."""
         if self.log is not None and (self.n_training_steps + 1) % self.cfg.logger.wandb_log_frequency == 0:
-            values = self.build_train_step_log_dict(step_output, self.n_training_samples)
-            self.log.write(values, step=self.n_training_steps, tokens=self.n_training_samples)
+            self.log_numbers(self.build_train_step_log_dict(step_output, self.n_training_samples))
 
     @property
     def _is_logging(self) -> bool:

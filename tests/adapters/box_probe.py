@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 CHUNK = 32
 GREY, WHITE = 90, 255
+Encoder = Callable[[Sequence[Image.Image]], Any]
+"""Makes model inputs of several pictures, one prompt each."""
 
 
 class _Reached(Exception):  # noqa: N818 - not an error: it ends a forward pass
@@ -36,6 +38,12 @@ def features_for(module: Any, inputs: Any) -> Tensor:
     return got[0]
 
 
+def differing(features: Tensor, reference: Tensor) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    """Which positions differ: the same sum in another place of a batch may round differently."""
+    distance = (features - reference).abs().amax(-1)
+    return np.asarray((distance > 1e-4 * reference.abs().amax()).numpy())
+
+
 @contextlib.contextmanager
 def nothing_mixes(module: Any) -> Iterator[None]:
     """Silence attention in every block outside of the language model, so that a patch sees nothing but itself."""
@@ -53,7 +61,7 @@ def nothing_mixes(module: Any) -> Iterator[None]:
         and "Attention" in type(part).__name__
         and any(step.isdigit() for step in path.split("."))
     ]
-    assert handles, "no attention was found"
+    assert handles, "no attention was found outside of the language model"
     try:
         yield
     finally:
@@ -61,30 +69,59 @@ def nothing_mixes(module: Any) -> Iterator[None]:
             handle.remove()
 
 
-def seen_by_tokens(
-    module: Any, encode: Callable[[Sequence[Image.Image]], Any], width: int, height: int, axis: int
+def tokens_that_see(
+    module: Any, encode: Encoder, size: tuple[int, int], axis: int, lines: Sequence[int]
 ) -> np.ndarray[Any, np.dtype[np.bool_]]:
-    """Tell for every line of pixels which positions it reaches: [width or height, seq].
+    """Change one line of pixels at a time, and tell which positions it reaches: [lines, seq].
 
     Args:
         module: the model.
-        encode: makes model inputs of a batch of pictures, one prompt each.
-        width: of the picture.
-        height: of the picture.
+        encode: makes model inputs of pictures.
+        size: width and height of the picture.
         axis: 0 for columns of pixels, 1 for rows.
+        lines: which columns or rows.
     """
-    plain = np.full((height, width, 3), GREY, dtype=np.uint8)
+    plain = np.full((size[1], size[0], 3), GREY, dtype=np.uint8)
     reached = []
-    length = (width, height)[axis]
     with nothing_mixes(module):
-        for start in range(0, length, CHUNK):
+        for start in range(0, len(lines), CHUNK):
             pictures = [Image.fromarray(plain)]
-            for line in range(start, min(start + CHUNK, length)):
+            for line in lines[start : start + CHUNK]:
                 changed = plain.copy()
                 changed[(slice(None), line) if axis == 0 else line] = WHITE
                 pictures.append(Image.fromarray(changed))
             features = features_for(module, encode(pictures))
-            difference = (features[1:] - features[:1]).abs().amax(-1)
-            # the same sum in another place of the batch may round differently
-            reached.append((difference > 1e-4 * features.abs().amax()).numpy())
+            reached.append(differing(features[1:], features[:1]))
     return np.concatenate(reached)
+
+
+def check_edges(
+    seen: np.ndarray[Any, Any], lines: Sequence[int], edges: np.ndarray[Any, Any], patch: int, length: int
+) -> None:
+    """Hold boxes against what was seen, along one axis.
+
+    A line of pixels that lies within a box, half a pixel from its edges, must reach the token; one that is further
+    from it than the resize filters reach must not. With every line at hand, the middle of what a token sees must be the
+    middle of its box, for the filters reach as far on either side.
+
+    Args:
+        seen: [lines, n] of `tokens_that_see`, for image tokens.
+        lines: the lines.
+        edges: [n, 2] where the boxes begin and end.
+        patch: side of a patch in pixels of the resized picture: how far filters reach follows from its size on the original.
+        length: of the picture along the axis.
+    """
+    low, high = edges[:, 0], edges[:, 1]
+    scale = np.maximum(1, (high - low) / patch)
+    reach = 3 * scale + 1
+    place = np.asarray(lines)[:, None]
+    within = (place >= low + 0.5) & (place + 1 <= high - 0.5)
+    away = (place + 1 < low - reach) | (place > high + reach)
+    assert seen[within].all(), "a token does not see what lies in its box"
+    assert not seen[away].any(), "a token sees what lies far from its box"
+    if len(lines) < length:
+        return
+    first, last = seen.argmax(0), length - seen[::-1].argmax(0)
+    inner = seen.any(0) & (first > 0) & (last < length) & (high > low)
+    distance = np.abs((first + last) / 2 - (low + high) / 2)
+    assert (distance[inner] <= 1 + 0.5 * scale[inner]).all(), f"boxes are off by up to {distance[inner].max()} pixels"

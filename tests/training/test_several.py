@@ -13,6 +13,7 @@ from sae_lens_multimodal.adapters.model import VisionLanguageModel
 from sae_lens_multimodal.errors import ConfigError
 from sae_lens_multimodal.training import tokens as tokens_module
 from sae_lens_multimodal.training.config import build_config
+from sae_lens_multimodal.training.log import read_log
 from sae_lens_multimodal.training.runner import MultimodalSAETrainingRunner
 from sae_lens_multimodal.training.several import MultimodalMultiSAETrainingRunner
 from sae_lens_multimodal.training.several_config import MultimodalMultiSAERunnerConfig, load_run_config
@@ -82,6 +83,21 @@ def test_each_is_the_sae_that_is_trained_alone(
         assert set(state) == set(other)
         for key, value in state.items():
             assert torch.equal(value, other[key]), (name, key)
+
+
+def test_held_out_numbers_are_logged_on_the_way_as_if_each_were_alone(
+    model: VisionLanguageModel, common: dict[str, Any], rows: Rows, tmp_path: Path
+) -> None:
+    often = {"logger": {"log_to_wandb": False, "wandb_log_frequency": 2, "eval_every_n_wandb_logs": 2}}
+    MultimodalMultiSAETrainingRunner(several(common, **often), rows, model).run()
+    for name in ("narrow", "early"):
+        one = {**common, **often, "sae": SAES[name], "hook_name": HOOKS[name], "output_path": str(tmp_path / name)}
+        MultimodalSAETrainingRunner(build_config(one), rows, model).run()
+        alone = read_log(tmp_path / f"{name}.log.jsonl")
+        together = read_log(Path(common["output_path"]) / f"{name}.log.jsonl")
+        found = [line for line in alone if any(key.startswith("evaluation/") for key in line)]
+        assert [line["step"] for line in found] == [3, 7]
+        assert [line for line in together if any(key.startswith("evaluation/") for key in line)] == found
 
 
 def test_each_is_saved_with_its_own_metrics_and_metadata(

@@ -1,0 +1,147 @@
+"""What several families' models are built of: where their modules lie, and which hooks these have."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+from sae_lens_multimodal.adapters.hook_points import BlockModules, HookPoint, Part, block_parts, blocks, norm_parts
+
+LANGUAGE = "model.language_model"
+VISION = "model.vision_tower"
+PROJECTOR = "model.multi_modal_projector"
+UNEMBEDDING = "lm_head"
+
+OLD_PATHS: Mapping[str, str] = MappingProxyType(
+    {
+        "language_model.model.": f"{LANGUAGE}.",
+        "language_model.lm_head": UNEMBEDDING,
+        "vision_tower.vision_model.": f"{VISION}.",
+        "vision_tower": VISION,
+        "multi_modal_projector": PROJECTOR,
+    }
+)
+"""Beginnings of module paths in transformers before 4.52, and what they are now."""
+
+RMS_NORMALIZED = "hidden_states_to_1"
+"""The operation in transformers' RMS norms that is cast back before the weight."""
+SCORES = "attention_interface_1.source.nn_functional_softmax_0"
+"""The operation in transformers' eager attention whose input is the masked scores."""
+PATTERN = "attention_interface_1.source.attn_weights_3"
+"""The operation in transformers' eager attention that is the weights on their way to the values."""
+
+
+def head_width(config: Any) -> int:  # noqa: ANN401 - a transformers config
+    """Return the width of one head, which some configurations give and others leave to be worked out."""
+    return int(config.to_dict().get("head_dim") or config.hidden_size // config.num_attention_heads)
+
+
+def llama_block(text: Any) -> BlockModules:  # noqa: ANN401 - a transformers config
+    """Return the modules of a block as in Llama, Mistral and Qwen 2 and 3."""
+    return BlockModules(
+        ln1="input_layernorm",
+        attention="self_attn",
+        q="self_attn.q_proj",
+        k="self_attn.k_proj",
+        v="self_attn.v_proj",
+        o="self_attn.o_proj",
+        ln2="post_attention_layernorm",
+        mlp="mlp",
+        mlp_in="mlp.gate_proj",
+        mlp_gated="mlp.up_proj",
+        mlp_out="mlp.down_proj",
+        mid="hidden_states_1",
+        normalized=RMS_NORMALIZED,
+        scores=SCORES,
+        pattern=PATTERN,
+        width=text.hidden_size,
+        mlp_width=text.intermediate_size,
+        heads=text.num_attention_heads,
+        key_heads=text.num_key_value_heads,
+        head_width=head_width(text),
+    )
+
+
+def clip_block(vision: Any) -> BlockModules:  # noqa: ANN401 - a transformers config
+    """Return the modules of a block as in CLIP's and SigLIP's vision towers."""
+    return BlockModules(
+        ln1="layer_norm1",
+        attention="self_attn",
+        q="self_attn.q_proj",
+        k="self_attn.k_proj",
+        v="self_attn.v_proj",
+        o="self_attn.out_proj",
+        ln2="layer_norm2",
+        mlp="mlp",
+        mlp_in="mlp.fc1",
+        mlp_gated=None,
+        mlp_out="mlp.fc2",
+        mid="hidden_states_1",
+        normalized=None,
+        scores=SCORES,
+        pattern=PATTERN,
+        width=vision.hidden_size,
+        mlp_width=vision.intermediate_size,
+        heads=vision.num_attention_heads,
+        key_heads=vision.num_attention_heads,
+        head_width=head_width(vision),
+    )
+
+
+def embedding_hook(text: Any, path: str = LANGUAGE) -> tuple[HookPoint, ...]:  # noqa: ANN401 - a transformers config
+    """Return the hook of the token embeddings."""
+    return (Part("hook_embed", "embed_tokens", d=text.hidden_size).at(prefix="", path=path, tower="language"),)
+
+
+def clip_vision_hooks(vision: Any, path: str = VISION) -> tuple[HookPoint, ...]:  # noqa: ANN401 - a transformers config
+    """Return the hooks of a CLIP or SigLIP vision tower."""
+    return (
+        Part("hook_embed", "embeddings", d=vision.hidden_size).at(prefix="vision.", path=path, tower="vision"),
+        *blocks(
+            block_parts(clip_block(vision)),
+            prefix="vision.blocks.",
+            path=f"{path}.encoder.layers",
+            count=vision.num_hidden_layers,
+            tower="vision",
+        ),
+    )
+
+
+def projector_hooks(seen: int, hidden: int, width: int, path: str = PROJECTOR) -> tuple[HookPoint, ...]:
+    """Return the hooks of a projector of two linear layers.
+
+    Args:
+        seen: width of what it is given.
+        hidden: width between its layers.
+        width: width of what it returns.
+        path: where it is.
+    """
+    parts = (
+        Part("hook_in", side="input", d=seen),
+        Part("hook_pre", "linear_1", d=hidden),
+        Part("hook_post", "linear_2", side="input", d=hidden),
+        Part("hook_out", d=width),
+    )
+    return tuple(part.at(prefix="projector.", path=path, tower="projector") for part in parts)
+
+
+def language_hooks(
+    text: Any,  # noqa: ANN401 - a transformers config
+    block: BlockModules,
+    path: str = LANGUAGE,
+    unembedding: str = UNEMBEDDING,
+) -> tuple[HookPoint, ...]:
+    """Return the hooks of a language model after its embeddings: blocks, final norm, unembedding."""
+    width = text.hidden_size
+    return (
+        *blocks(
+            block_parts(block), prefix="blocks.", path=f"{path}.layers", count=text.num_hidden_layers, tower="language"
+        ),
+        *(
+            part.at(prefix="", path=path, tower="language")
+            for part in norm_parts("ln_final", "norm", width, block.normalized)
+        ),
+        Part("hook_in", side="input", d=width).at(prefix="unembed.", path=unembedding, tower="language"),
+        Part("hook_out", d=text.vocab_size).at(prefix="unembed.", path=unembedding, tower="language"),
+    )

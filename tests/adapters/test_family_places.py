@@ -1,0 +1,75 @@
+"""Every family's layout says truly which tokens are pictures and where they lie, found out without its adapter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from sae_lens_multimodal.adapters.layout import TokenLayout
+from sae_lens_multimodal.adapters.model import VisionLanguageModel
+from tests.adapters.adapter_samples import picture, prompt
+from tests.adapters.box_probe import check_edges, differing, features_for, tokens_that_see
+
+SIZES = st.tuples(st.integers(12, 120), st.integers(12, 120))
+
+
+def ask(model: VisionLanguageModel, pictures: Any) -> Any:
+    return model.encode([prompt(one, "what is this ?") for one in pictures])
+
+
+def check_places(model: VisionLanguageModel, size: tuple[int, int], n_lines: int | None = None) -> TokenLayout:
+    """Hold every token's box against what it sees; with `n_lines`, of that many lines only."""
+    layout: TokenLayout = ask(model, [Image.new("RGB", size)]).layout
+    image = layout.is_image[0].numpy()
+    boxes = layout.boxes[0].double().numpy()[image]
+    patch = patch_size(model._module.config)
+    for axis in (0, 1):
+        lines = range(size[axis]) if n_lines is None else np.linspace(0, size[axis] - 1, n_lines).astype(int).tolist()
+        seen = tokens_that_see(model._module, lambda pictures: ask(model, pictures), size, axis, lines)
+        assert not seen[:, ~image].any(), "a token that is no patch depends on pixels"
+        if n_lines is None:
+            some = boxes[:, [axis, axis + 2]]
+            assert seen.any(0)[image][some[:, 1] - some[:, 0] >= 1].all(), "a token with a box sees nothing"
+        if not layout.inexact or not layout.inexact[0][0]:
+            check_edges(seen[:, image], lines, boxes[:, [axis, axis + 2]], patch, size[axis])
+    return layout
+
+
+def patch_size(config: Any) -> int:
+    size = config.vision_config.patch_size
+    return int(size if isinstance(size, int) else size[0])
+
+
+@settings(max_examples=3, deadline=None, derandomize=True)
+@given(size=SIZES)
+def test_a_token_sees_its_box_and_nothing_else(random_model: VisionLanguageModel, size: tuple[int, int]) -> None:
+    check_places(random_model, size)
+
+
+def test_image_tokens_are_where_the_model_puts_pictures(random_model: VisionLanguageModel) -> None:
+    """The positions that change with the pictures, one picture after the other."""
+    sizes = [[(90, 40), (33, 70)], [(50, 60)], []]
+
+    def encode(changed: tuple[int, int] | None) -> Any:
+        rows = [
+            [picture(*size, seed=int((row, index) == changed)) for index, size in enumerate(one)]
+            for row, one in enumerate(sizes)
+        ]
+        return random_model.encode([prompt("is", *row, "there a circle ?") for row in rows])
+
+    plain = encode(None)
+    layout = plain.layout
+    reference = features_for(random_model._module, plain)
+    for row, one in enumerate(sizes):
+        for index in range(len(one)):
+            found = differing(features_for(random_model._module, encode((row, index))), reference)
+            expected = torch.zeros_like(layout.is_image)
+            expected[row] = layout.is_image[row] & (layout.image_index[row] == index)
+            assert np.array_equal(found, expected.numpy()), (row, index)
+            assert found.any()
