@@ -60,5 +60,9 @@ class StoreError(MultimodalError, OSError):
     """A folder on disk that is not what it should be: another run's, another schema's, or incomplete."""
 
 
+class EditError(MultimodalError, ValueError):
+    """An edit of a model's weights that cannot be made, or does not belong to the model it is applied to."""
+
+
 class JudgeError(MultimodalError, RuntimeError):
     """A judge (explainer or scorer model) that cannot be asked at all."""

@@ -10,6 +10,7 @@ from nnsight.intervention.batching import Batcher
 from nnsight.intervention.interleaver import Interleaver
 from nnsight.modeling import processing
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from sae_lens_multimodal.adapters.family import Family
 from sae_lens_multimodal.errors import PromptError
@@ -52,7 +53,9 @@ class MediaBatcher(Batcher):
         self.invokes: list[Invoke] = [self.envoy.prepare_invoke(invoke) for invoke in self.invokes]
         row, media = 0, 0
         for inputs, kwargs in self.invokes:
-            count = self.envoy.family.media_rows(kwargs)
+            # what it reads are real numbers, within `scan` too
+            with unset_fake_temporarily():
+                count = self.envoy.family.media_rows(kwargs)
             self._media_groups[row] = (media, count)
             row, media = row + self.envoy._batch_size(*inputs, **kwargs), media + count
         self._media_total = media

@@ -6,9 +6,49 @@ from sae_lens_multimodal.adapters.family import Family
 from sae_lens_multimodal.adapters.registry import family
 
 
+@family("llava")
+def llava() -> type[Family]:
+    """LLaVA-1.5."""
+    from sae_lens_multimodal.adapters.llava import Llava
+
+    return Llava
+
+
+@family("vipllava")
+def vipllava() -> type[Family]:
+    """VIP-LLaVA."""
+    from sae_lens_multimodal.adapters.vipllava import VipLlava
+
+    return VipLlava
+
+
 @family("llava_next")
 def llava_next() -> type[Family]:
     """LLaVA-NeXT (LLaVA 1.6)."""
     from sae_lens_multimodal.adapters.llava_next import LlavaNext
 
     return LlavaNext
+
+
+@family("qwen2_vl")
+def qwen2_vl() -> type[Family]:
+    """Qwen2-VL."""
+    from sae_lens_multimodal.adapters.qwen2_vl import Qwen2Vl
+
+    return Qwen2Vl
+
+
+@family("qwen2_5_vl")
+def qwen2_5_vl() -> type[Family]:
+    """Qwen2.5-VL."""
+    from sae_lens_multimodal.adapters.qwen2_5_vl import Qwen25Vl
+
+    return Qwen25Vl
+
+
+@family("qwen3_vl")
+def qwen3_vl() -> type[Family]:
+    """Qwen3-VL."""
+    from sae_lens_multimodal.adapters.qwen3_vl import Qwen3Vl
+
+    return Qwen3Vl

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Bool, Float32, Int, Int8, Int64
 from PIL import Image
 from torch import Tensor
+from transformers import AutoProcessor
 
 from sae_lens_multimodal.adapters.hook_points import HookPoint
 from sae_lens_multimodal.errors import PromptError
@@ -36,6 +37,16 @@ class ImageTokens:
         return len(self.modality)
 
 
+@dataclass(frozen=True)
+class Released:
+    """Released checkpoints of one structure: what the contract test builds, with few layers and random weights."""
+
+    names: tuple[str, ...]
+    """Their names on the hub."""
+    structure: Mapping[str, Any]
+    """Arguments of the family's `random_model` that decide where tokens lie: sizes, patches, grids, merging."""
+
+
 class Family(ABC):
     """One family of models. Subclasses are final: one file each, registered in `families.py`."""
 
@@ -53,6 +64,8 @@ class Family(ABC):
     """Path of the norm before the unembedding."""
     unembedding: ClassVar[str]
     """Path of the unembedding."""
+    released: ClassVar[tuple[Released, ...]] = ()
+    """Checkpoints known to load by name, by structure."""
 
     def __init__(self, config: Any, processor: Any) -> None:  # noqa: ANN401 - any transformers config and processor
         """Keep a model's configuration and processor."""
@@ -128,6 +141,15 @@ class Family(ABC):
         """Return the positions that leave padding uncounted; None where the model derives them itself."""
         return (attention_mask.long().cumsum(-1) - 1).masked_fill(attention_mask == 0, 0)
 
+    def positions(self, inputs: Mapping[str, Any]) -> Int64[Tensor, "batch seq"] | None:
+        """Return the positions for these model inputs; None where the model derives them itself."""
+        return self.position_ids(inputs["attention_mask"])
+
+    @classmethod
+    def processor_class(cls) -> Any:  # noqa: ANN401 - a class with `from_pretrained`
+        """Return what loads the processor of its models."""
+        return AutoProcessor
+
     def chat_text(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
         """Write a conversation as text, with `prompt_token` for each picture.
 
@@ -146,8 +168,13 @@ class Family(ABC):
 
     @classmethod
     @abstractmethod
-    def random_model(cls, seed: int = 0) -> tuple[Any, Any]:
-        """Return a tiny model with random weights and its processor, made offline, for tests."""
+    def random_model(cls, seed: int = 0, **structure: Any) -> tuple[Any, Any]:  # noqa: ANN401 - whatever `Released` says
+        """Return a tiny model with random weights and its processor, made offline, for tests.
+
+        Args:
+            seed: of the weights.
+            **structure: what `released` gives; the widths and the number of layers stay tiny.
+        """
 
     def processor_images(self, images: Sequence[Sequence[Image.Image]]) -> Any:  # noqa: ANN401 - the processor's form
         """Return the pictures of all prompts as the processor takes them; a flat list unless overridden."""

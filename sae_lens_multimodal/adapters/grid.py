@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
 from jaxtyping import Float64
 
 from sae_lens_multimodal.adapters.family import ImageTokens
+from sae_lens_multimodal.errors import LayoutError
 from sae_lens_multimodal.types import Modality
 
 Edges: TypeAlias = Float64[np.ndarray, "n 2"]
@@ -76,3 +78,75 @@ def height_width(size: Any) -> tuple[int, int]:  # noqa: ANN401 - a dict or tran
     given: dict[str, int] = {key: value for key, value in dict(size).items() if value is not None}
     edge = given.get("shortest_edge", 0)
     return int(given.get("height", edge)), int(given.get("width", edge))
+
+
+@dataclass(frozen=True, kw_only=True)
+class View:
+    """How an image processor turns a whole picture into the one view that the vision tower sees."""
+
+    pad_to_square: bool = False
+    """Whether the picture is first put into the middle of a square."""
+    shortest_edge: int | None = None
+    """To what the shorter side is resized, the other one along with it."""
+    size: tuple[int, int] | None = None
+    """(height, width) to which the picture is resized, whatever its shape."""
+    crop: tuple[int, int] | None = None
+    """(height, width) that is then cut out around the centre, filled up where the picture is smaller."""
+    patch: int
+
+    def resized(self, width: int, height: int) -> tuple[int, int]:
+        """Return (height, width) after resizing what was (width, height)."""
+        if self.shortest_edge is not None:
+            # as transformers' `get_resize_output_image_size` rounds it
+            longer = int(self.shortest_edge * max(width, height) / min(width, height))
+            return (longer, self.shortest_edge) if width <= height else (self.shortest_edge, longer)
+        return self.size or (height, width)
+
+    def edges(self, width: int, height: int) -> tuple[Edges, Edges]:
+        """Return the edges of the patches along y and x in pixels of a picture of (width, height)."""
+        padded = (max(width, height), max(width, height)) if self.pad_to_square else (height, width)
+        resized = self.resized(padded[1], padded[0])
+        result = []
+        for axis, length in enumerate((height, width)):
+            seen = self.crop[axis] if self.crop else resized[axis]
+            cut = (resized[axis] - seen) // 2
+            before = before_resize(grid_edges(seen // self.patch, self.patch) + cut, padded[axis], resized[axis])
+            result.append(before - (padded[axis] - length) // 2)
+        return result[0], result[1]
+
+    def tokens(self, width: int, height: int) -> ImageTokens:
+        """Return the tokens of a picture of (width, height), one for each patch, row by row."""
+        return whole_picture(*self.edges(width, height), width, height)
+
+
+def view_of(images: Any, side: int, patch: int) -> View:  # noqa: ANN401 - transformers' own
+    """Read from an image processor like CLIP's, SigLIP's or LLaVA's how it makes a view.
+
+    Args:
+        images: the image processor.
+        side: side of the square that the vision tower expects.
+        patch: side of its patches.
+
+    Raises:
+        LayoutError: the processor makes views of another size, or in a way that is not known here.
+    """
+    kind = type(images).__name__.removesuffix("Pil").removesuffix("Fast")
+    if images.do_pad and kind != "LlavaImageProcessor":
+        raise LayoutError(
+            f"a {kind} with do_pad=True fills up views in a way that is not known here; set do_pad=False."
+        )
+    size = dict(images.size) if images.do_resize else {}
+    view = View(
+        pad_to_square=bool(images.do_pad),
+        shortest_edge=size.get("shortest_edge"),
+        size=None if size.get("height") is None else height_width(size),
+        crop=height_width(images.crop_size) if images.do_center_crop else None,
+        patch=patch,
+    )
+    square = view.crop or (view.resized(side, side) if view.pad_to_square or view.size else None)
+    if square != (side, side):
+        raise LayoutError(
+            f"the image processor makes views of {square or 'many sizes'}, the vision tower expects {(side, side)}; "
+            "set the processor's size and crop_size to match."
+        )
+    return view

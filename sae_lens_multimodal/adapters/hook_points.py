@@ -115,7 +115,7 @@ def block_parts(m: BlockModules) -> tuple[Part, ...]:
     """Return the TransformerLens hooks of a pre-norm block, in the order in which a forward pass reaches them.
 
     As in TransformerLens, `hook_attn_out` and `hook_mlp_out` are what is added to the residual stream: where a norm
-    follows attention or MLP, they are that norm's output, and the module's own output is `attn.hook_out`, `mlp.hook_out`.
+    follows attention or MLP, they are that norm's output, and the module's own is `attn.hook_out` or `mlp.hook_out`.
     """
     # the block adds the middle to the MLP's output too, so writing the input of ln2 would reach only half of it
     middle = () if m.mid is None else (Part("hook_resid_mid", operation=m.mid, d=m.width),)

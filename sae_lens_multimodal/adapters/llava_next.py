@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers.image_processing_utils import select_best_resolution
 
-from sae_lens_multimodal.adapters.family import Family, ImageTokens
+from sae_lens_multimodal.adapters.family import Family, ImageTokens, Released
 from sae_lens_multimodal.adapters.grid import (
     boxes_of,
     grid_edges,
@@ -27,16 +27,15 @@ from sae_lens_multimodal.adapters.modules import (
     PROJECTOR,
     UNEMBEDDING,
     VISION,
+    check_tower,
     clip_vision_hooks,
+    complete_processor,
     embedding_hook,
+    language_block,
     language_hooks,
-    llama_block,
     projector_hooks,
 )
-from sae_lens_multimodal.errors import LayoutError, UnsupportedModelError
-
-CLASS_TOKENS = {"clip_vision_model": 1, "siglip_vision_model": 0}
-"""Tokens before the patches, by kind of vision tower."""
+from sae_lens_multimodal.errors import LayoutError
 
 
 class _Geometry(NamedTuple):
@@ -69,6 +68,19 @@ class LlavaNext(Family):
     old_paths: ClassVar[Mapping[str, str]] = OLD_PATHS
     final_norm: ClassVar[str] = f"{LANGUAGE}.norm"
     unembedding: ClassVar[str] = UNEMBEDDING
+    released: ClassVar[tuple[Released, ...]] = (
+        Released(
+            (
+                "llava-hf/llama3-llava-next-8b-hf",
+                "llava-hf/llava-v1.6-vicuna-7b-hf",
+                "llava-hf/llava-v1.6-vicuna-13b-hf",
+                "llava-hf/llava-v1.6-34b-hf",
+            ),
+            RELEASED_VIEWS,
+        ),
+        Released(("llava-hf/llava-v1.6-mistral-7b-hf",), {**RELEASED_VIEWS, "text": "mistral"}),
+        Released(("llava-hf/llava-next-72b-hf", "llava-hf/llava-next-110b-hf"), {**RELEASED_VIEWS, "text": "qwen2"}),
+    )
 
     def __init__(self, config: Any, processor: Any) -> None:  # noqa: ANN401 - transformers' own
         """Read the configuration.
@@ -77,19 +89,11 @@ class LlavaNext(Family):
             UnsupportedModelError: the configuration is one that transformers itself cannot run.
         """
         super().__init__(config, processor)
-        vision = config.vision_config
-        if vision.model_type not in CLASS_TOKENS:
-            raise UnsupportedModelError(
-                f"the vision tower is of the kind {vision.model_type!r}; supported are {', '.join(CLASS_TOKENS)}."
-            )
-        dropped = 1 if config.vision_feature_select_strategy == "default" else 0
-        if CLASS_TOKENS[vision.model_type] != dropped:
-            raise UnsupportedModelError(
-                f"vision_feature_select_strategy={config.vision_feature_select_strategy!r} with a "
-                f"{vision.model_type} leaves {CLASS_TOKENS[vision.model_type] - dropped:+d} tokens beside the patches, "
-                "which transformers cannot arrange into tiles; expected 'default' with a class token, 'full' without."
-            )
-        _complete_processor(config, processor)
+        strategy = config.vision_feature_select_strategy
+        check_tower(
+            config.vision_config, 1 if strategy == "default" else 0, f"vision_feature_select_strategy={strategy!r}"
+        )
+        complete_processor(config, processor, strategy)
 
     def hook_points(self) -> Sequence[HookPoint]:
         """Return all named hooks in the order in which a forward pass reaches them."""
@@ -100,7 +104,7 @@ class LlavaNext(Family):
             *embedding_hook(text),
             *clip_vision_hooks(vision),
             *projector_hooks(seen, text.hidden_size, text.hidden_size),
-            *language_hooks(text, llama_block(text)),
+            *language_hooks(text, language_block(text)),
         )
 
     def image_tokens(self, width: int, height: int) -> ImageTokens:
@@ -146,11 +150,11 @@ class LlavaNext(Family):
         return dict(inputs) if sizes is None else {**inputs, "image_sizes": torch.as_tensor(sizes).tolist()}
 
     @classmethod
-    def random_model(cls, seed: int = 0) -> tuple[Any, Any]:
+    def random_model(cls, seed: int = 0, **structure: Any) -> tuple[Any, Any]:  # noqa: ANN401 - see `Released`
         """Return a tiny LLaVA-NeXT with random weights, and its processor."""
         from sae_lens_multimodal.adapters.random_models import random_llava_next
 
-        return random_llava_next(seed)
+        return random_llava_next(seed, **structure)
 
     def _geometry(self) -> _Geometry:
         images, side = self.processor.image_processor, int(self.config.vision_config.image_size)
@@ -230,12 +234,3 @@ def _unpadding(width: int, height: int, columns: int, rows: int) -> tuple[int, i
     if width / height > columns / rows:
         return (rows - int(round(height * (columns / width), 7))) // 2, 0
     return 0, (columns - int(round(width * (rows / height), 7))) // 2
-
-
-def _complete_processor(config: Any, processor: Any) -> None:  # noqa: ANN401 - transformers' own
-    """Fill in what processors saved by older versions of transformers lack and need to count tokens."""
-    if processor.patch_size is None:
-        processor.patch_size = config.vision_config.patch_size
-        processor.num_additional_image_tokens = CLASS_TOKENS[config.vision_config.model_type]
-    if processor.vision_feature_select_strategy is None:
-        processor.vision_feature_select_strategy = config.vision_feature_select_strategy

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import unset_fake_temporarily
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 from sae_lens_multimodal.adapters.batch import EncodedBatch
 from sae_lens_multimodal.adapters.batching import Invoke, LocatedInterleaver, MediaBatcher, join_invokes
@@ -84,7 +84,7 @@ def load_model(
     if processor is None or isinstance(processor, (str, PathLike)):
         shared = {key: from_pretrained_kwargs[key] for key in _SHARED_KWARGS if key in from_pretrained_kwargs}
         source = name if processor is None else fspath(processor)
-        processor = _load(AutoProcessor, source, "processor", trust_remote_code=trust_remote_code, **shared)
+        processor = _load(adapter.processor_class(), source, "processor", trust_remote_code=trust_remote_code, **shared)
     return VisionLanguageModel(module.eval(), processor=processor, family=adapter(module.config, processor), name=name)
 
 
@@ -309,7 +309,7 @@ class VisionLanguageModel(TransformersModel):
         given = "position_ids" in inputs or inputs.get("past_key_values") is not None
         if given or mask is None or ids is None or mask.shape != ids.shape:
             return inputs
-        position_ids = self.family.position_ids(mask)
+        position_ids = self.family.positions(inputs)
         return inputs if position_ids is None else {**inputs, "position_ids": position_ids}
 
 

@@ -7,6 +7,7 @@ from types import MappingProxyType
 from typing import Any
 
 from sae_lens_multimodal.adapters.hook_points import BlockModules, HookPoint, Part, block_parts, blocks, norm_parts
+from sae_lens_multimodal.errors import UnsupportedModelError
 
 LANGUAGE = "model.language_model"
 VISION = "model.vision_tower"
@@ -63,6 +64,24 @@ def llama_block(text: Any) -> BlockModules:  # noqa: ANN401 - a transformers con
     )
 
 
+LLAMA_LIKE = ("gemma", "llama", "ministral", "ministral3", "mistral", "qwen2", "qwen3")
+"""Language models whose blocks have Llama's modules."""
+
+
+def language_block(text: Any) -> BlockModules:  # noqa: ANN401 - a transformers config
+    """Return the modules of a language model's block, by its kind.
+
+    Raises:
+        UnsupportedModelError: its blocks are not known here.
+    """
+    if text.model_type not in LLAMA_LIKE:
+        raise UnsupportedModelError(
+            f"the language model is of the kind {text.model_type!r}; supported within this family are "
+            f"{', '.join(LLAMA_LIKE)}."
+        )
+    return llama_block(text)
+
+
 def clip_block(vision: Any) -> BlockModules:  # noqa: ANN401 - a transformers config
     """Return the modules of a block as in CLIP's and SigLIP's vision towers."""
     return BlockModules(
@@ -89,6 +108,42 @@ def clip_block(vision: Any) -> BlockModules:  # noqa: ANN401 - a transformers co
     )
 
 
+CLASS_TOKENS: Mapping[str, int] = MappingProxyType({"clip_vision_model": 1, "siglip_vision_model": 0})
+"""Tokens before the patches, by kind of vision tower."""
+
+
+def check_tower(vision: Any, dropped: int, because: str) -> None:  # noqa: ANN401 - a transformers config
+    """Check that what the model drops of a vision tower's output is its class token and nothing else.
+
+    Args:
+        vision: the tower's configuration.
+        dropped: how many tokens the model drops from the beginning.
+        because: the setting that says so, for the message.
+
+    Raises:
+        UnsupportedModelError: the kind of tower is not known here, or tokens beside the patches are left.
+    """
+    if vision.model_type not in CLASS_TOKENS:
+        raise UnsupportedModelError(
+            f"the vision tower is of the kind {vision.model_type!r}; supported are {', '.join(CLASS_TOKENS)}."
+        )
+    left = CLASS_TOKENS[vision.model_type] - dropped
+    if left:
+        raise UnsupportedModelError(
+            f"{because} with a {vision.model_type} leaves {left:+d} tokens beside the patches, which have no "
+            "place in a picture; expected 'default' with a class token, 'full' without."
+        )
+
+
+def complete_processor(config: Any, processor: Any, strategy: str) -> None:  # noqa: ANN401 - transformers' own
+    """Fill in what processors saved by older versions of transformers lack and need to count tokens."""
+    if processor.patch_size is None:
+        processor.patch_size = config.vision_config.patch_size
+        processor.num_additional_image_tokens = CLASS_TOKENS[config.vision_config.model_type]
+    if processor.vision_feature_select_strategy is None:
+        processor.vision_feature_select_strategy = strategy
+
+
 def embedding_hook(text: Any, path: str = LANGUAGE) -> tuple[HookPoint, ...]:  # noqa: ANN401 - a transformers config
     """Return the hook of the token embeddings."""
     return (Part("hook_embed", "embed_tokens", d=text.hidden_size).at(prefix="", path=path, tower="language"),)
@@ -108,7 +163,9 @@ def clip_vision_hooks(vision: Any, path: str = VISION) -> tuple[HookPoint, ...]:
     )
 
 
-def projector_hooks(seen: int, hidden: int, width: int, path: str = PROJECTOR) -> tuple[HookPoint, ...]:
+def projector_hooks(
+    seen: int, hidden: int, width: int, path: str = PROJECTOR, norm: str | None = None
+) -> tuple[HookPoint, ...]:
     """Return the hooks of a projector of two linear layers.
 
     Args:
@@ -116,9 +173,11 @@ def projector_hooks(seen: int, hidden: int, width: int, path: str = PROJECTOR) -
         hidden: width between its layers.
         width: width of what it returns.
         path: where it is.
+        norm: the norm before its layers, if it has one.
     """
     parts = (
         Part("hook_in", side="input", d=seen),
+        *(() if norm is None else (Part("ln.hook_out", norm, d=seen),)),
         Part("hook_pre", "linear_1", d=hidden),
         Part("hook_post", "linear_2", side="input", d=hidden),
         Part("hook_out", d=width),

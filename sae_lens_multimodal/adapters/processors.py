@@ -21,7 +21,7 @@ def picture_processor(processor_class: type[Any]) -> Any:  # noqa: ANN401 - a cl
 def without_video(processor_class: type[Any]) -> type[Any]:
     """Return the same processor class without its video part, under the same name so that what it saves is the same."""
 
-    def __init__(  # noqa: N807 - of the class made below
+    def __init__(
         self: Any,  # noqa: ANN401
         image_processor: Any = None,  # noqa: ANN401
         tokenizer: Any = None,  # noqa: ANN401

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
+    CONFIG_MAPPING,
     CLIPVisionConfig,
-    LlamaConfig,
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
     LlavaNextImageProcessorPil,
@@ -61,9 +61,9 @@ def randomise(module: torch.nn.Module, seed: int) -> None:
         parameter.data = 1.0 + 0.2 * noise if is_scale else noise * (parameter.shape[-1] ** -0.5)
 
 
-def tiny_llama(tokenizer: PreTrainedTokenizerFast, **settings: Any) -> LlamaConfig:  # noqa: ANN401 - transformers' own
-    """Return the configuration of a Llama with two small blocks and grouped heads, `settings` on top."""
-    return LlamaConfig(
+def tiny_llama(tokenizer: PreTrainedTokenizerFast, *, kind: str = "llama", **settings: Any) -> Any:  # noqa: ANN401
+    """Return the configuration of a Llama, or its like, with two small blocks and grouped heads, `settings` on top."""
+    return CONFIG_MAPPING[kind](
         **{
             "vocab_size": len(tokenizer),
             "hidden_size": 48,
@@ -101,25 +101,32 @@ def finished(model: Any, tokenizer: PreTrainedTokenizerFast, seed: int) -> Any: 
     return model
 
 
-def random_llava_next(seed: int = 0) -> tuple[LlavaNextForConditionalGeneration, LlavaNextProcessor]:
+def random_llava_next(
+    seed: int = 0,
+    *,
+    side: int = 48,
+    patch: int = 8,
+    pinpoints: Sequence[Sequence[int]] = ((48, 96), (96, 48), (96, 96)),
+    text: str = "llama",
+) -> tuple[LlavaNextForConditionalGeneration, LlavaNextProcessor]:
     """Return a LLaVA-NeXT with two small blocks on each side, and its processor."""
-    pinpoints = [[48, 96], [96, 48], [96, 96]]
+    grids = [list(pinpoint) for pinpoint in pinpoints]
     tokenizer = word_tokenizer()
     config = LlavaNextConfig(
-        vision_config=CLIPVisionConfig(**tiny_tower()),
-        text_config=tiny_llama(tokenizer),
+        vision_config=CLIPVisionConfig(**tiny_tower(side, patch)),
+        text_config=tiny_llama(tokenizer, kind=text),
         image_token_index=CONTROL.index("<image>"),
-        image_grid_pinpoints=pinpoints,
+        image_grid_pinpoints=grids,
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
         architectures=["LlavaNextForConditionalGeneration"],
     )
     processor = LlavaNextProcessor(
         LlavaNextImageProcessorPil(
-            size={"shortest_edge": 48}, crop_size={"height": 48, "width": 48}, image_grid_pinpoints=pinpoints
+            size={"shortest_edge": side}, crop_size={"height": side, "width": side}, image_grid_pinpoints=grids
         ),
         tokenizer,
-        patch_size=8,
+        patch_size=patch,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
         chat_template=CHAT_TEMPLATE,

@@ -6,7 +6,7 @@ import copy
 import logging
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -54,6 +54,8 @@ class PromptBatch:
     """The prompts, as many as the batch has rows."""
     next_row: int = 0
     """The first row of the dataset that had not been taken when the batch was made; what resumes begins there."""
+    n_read: int = 0
+    """Prompts that `prompt_batches` had taken from the dataset with this batch, those that were dropped included."""
 
     def __len__(self) -> int:
         """Return the number of prompts."""
@@ -321,7 +323,7 @@ def prompt_batches(
             read += delivery.n_prompts
             if delivery.batch is not None:
                 kept += len(delivery.batch)
-                yield delivery.batch
+                yield replace(delivery.batch, n_read=read)
     finally:
         # The stages are closed by name: what their threads last held may keep them alive.
         deliveries.close()

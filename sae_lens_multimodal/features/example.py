@@ -47,6 +47,8 @@ class StoredPrompt:
     """Of one row."""
     image_ids: list[str]
     open_image: Callable[[str], Image.Image] = field(repr=False)
+    near_ids: list[str] = field(default_factory=list)
+    """Of each picture the content name of the first one of the harvest that looked like it: its own, mostly."""
 
     @cached_property
     def images(self) -> list[Image.Image]:
@@ -129,6 +131,11 @@ class Example:
     def image_ids(self) -> list[str]:
         """Content names of the pictures; equal pictures have equal names across prompts."""
         return self.prompt.image_ids
+
+    @property
+    def pictures(self) -> frozenset[str]:
+        """Content names of the pictures and of those that they look like; nearly the same picture shares one."""
+        return frozenset((*self.prompt.image_ids, *self.prompt.near_ids))
 
     @property
     def text(self) -> str:

@@ -9,7 +9,7 @@ import pyarrow as pa
 
 STORE_KIND: Final = "feature-store"
 PROGRESS_KIND: Final = "feature-store-in-progress"
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
 
 Kind: TypeAlias = Literal["top", "ordinary", "silent"]
 ModalityName: TypeAlias = Literal["image", "text"]
@@ -72,6 +72,7 @@ PROMPTS: Final = pa.schema(
         pa.field("image_widths", pa.list_(pa.int32())),
         pa.field("image_heights", pa.list_(pa.int32())),
         pa.field("image_ids", pa.list_(pa.string())),
+        pa.field("near_ids", pa.list_(pa.string())),
     ]
 )
 
@@ -83,6 +84,7 @@ IMAGES: Final = pa.schema(
         pa.field("height", pa.int32()),
         pa.field("prompt_id", pa.int64()),
         pa.field("index", pa.int32()),
+        pa.field("near_id", pa.string()),
     ]
 )
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -13,13 +13,15 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from sae_lens_multimodal.features.pictures import keep_picture
-from sae_lens_multimodal.features.records import PromptRow
+from sae_lens_multimodal.features.records import PromptRow, prompts_table
 from sae_lens_multimodal.features.schema import IMAGES, PROMPTS, StorePaths
 from sae_lens_multimodal.features.tables import write_tables
 
 PROMPTS_PER_GROUP = 32
 """Prompts of a thousand tokens and more are read a few at a time."""
 _SLACK_PROMPTS = 256
+
+MakeRow: TypeAlias = Callable[[], PromptRow]
 
 
 class PromptShelf:
@@ -32,27 +34,27 @@ class PromptShelf:
     def __init__(self, paths: StorePaths, *, keep_pictures: bool, shards: Sequence[str] = ()) -> None:
         self._paths = paths
         self._keep_pictures = keep_pictures
-        self._pending: dict[int, tuple[PromptRow, list[Image.Image]]] = {}
+        self._pending: dict[int, tuple[MakeRow, list[Image.Image]]] = {}
         self.shards = list(shards)
         self._next = 1 + max((int(name.split("-")[1].split(".")[0]) for name in shards), default=-1)
         self._rows = sum(pq.read_metadata(paths.progress / name).num_rows for name in shards)
         self._swept = False
 
-    def add(self, row: PromptRow, images: Sequence[Image.Image]) -> None:
-        """Put one prompt on the shelf; ids ascend."""
-        self._pending[row["prompt_id"]] = (row, list(images))
+    def add(self, prompt_id: int, make_row: MakeRow, images: Sequence[Image.Image]) -> None:
+        """Put one prompt on the shelf; ids ascend. Its row is made only if it is still wanted at the next flush."""
+        self._pending[prompt_id] = (make_row, list(images))
 
     def flush(self, live: Sequence[int]) -> None:
         """Write what waits and is in `live`; the rest is dropped."""
         wanted = set(live)
         rows = []
-        for prompt_id, (row, images) in self._pending.items():
+        for prompt_id, (make_row, images) in self._pending.items():
             if prompt_id in wanted:
-                rows.append(row)
-                self._keep(row, images)
+                rows.append(make_row())
+                self._keep(rows[-1], images)
         self._pending.clear()
         if rows:
-            self._write([pa.Table.from_pylist([dict(row) for row in rows], schema=PROMPTS)])
+            self._write([prompts_table(rows)])
             self._rows += len(rows)
         if self._rows > 2 * len(wanted) + _SLACK_PROMPTS:
             self._sweep(wanted)
@@ -107,12 +109,11 @@ class PromptShelf:
         _remove_pictures(self._paths, pictures)
 
     def _note_pictures(self, prompts: pa.Table, pictures: dict[str, dict[str, Any]]) -> None:
-        columns = ["prompt_id", "image_ids", "image_widths", "image_heights"]
-        for row in prompts.select(columns).to_pylist():
-            sizes = zip(row["image_ids"], row["image_widths"], row["image_heights"], strict=True)
-            for index, (name, width, height) in enumerate(sizes):
+        columns = ["image_ids", "image_widths", "image_heights", "near_ids"]
+        for row in prompts.select(["prompt_id", *columns]).to_pylist():
+            for index, (name, width, height, near) in enumerate(zip(*(row[c] for c in columns), strict=True)):
                 file = self._paths.image_file(name) if self._keep_pictures else None
-                picture = {"image_id": name, "file": file, "width": width, "height": height}
+                picture = {"image_id": name, "file": file, "width": width, "height": height, "near_id": near}
                 pictures.setdefault(name, {**picture, "prompt_id": row["prompt_id"], "index": index})
 
 

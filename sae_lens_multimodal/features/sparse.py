@@ -19,7 +19,7 @@ EncodeChunks: TypeAlias = Callable[[Tensor], Iterable[tuple[slice, Tensor]]]
 
 @dataclass(frozen=True)
 class SparseActivations:
-    """Every activation above zero on image and text tokens, ordered by prompt, then position, then feature.
+    """Every activation above zero on image and text tokens, ordered by prompt, then position.
 
     Memory: 32 bytes for each of `tokens of the batch * mean features active on a token` entries.
     """
@@ -86,9 +86,7 @@ def sparse_activations(
     labels = (modality[prompt, column] == Modality.TEXT.value).long()
     entries = [(prompt[:0], prompt[:0], torch.zeros(0, device=device))]
     for chunk, dense in encode_chunks(activations[prompt, column].flatten(1)):
-        chosen = dense if features is None else dense[:, features.to(dense.device)]
-        token, feature = (chosen > 0).nonzero(as_tuple=True)
-        value = chosen[token, feature].float()
+        token, feature, value = _above_zero(dense, features)
         entries.append(((token + chunk.start).to(device), feature.to(device), value.to(device)))
     token, feature, value = (torch.cat(parts) for parts in zip(*entries, strict=True))
     sparse = SparseActivations(
@@ -102,6 +100,25 @@ def sparse_activations(
     )
     n_tokens = torch.bincount(prompt * 2 + labels, minlength=2 * sparse.n_prompts).view(-1, 2)
     return sparse, _measures(sparse, n_tokens)
+
+
+def _above_zero(
+    encoded: Float[Tensor, "tokens d_sae"], features: Int64[Tensor, "features"] | None
+) -> tuple[Int64[Tensor, "entries"], Int64[Tensor, "entries"], Float32[Tensor, "entries"]]:
+    """Tokens, places among the wanted features and values of what is above zero, by token; dense or sparse."""
+    if not encoded.is_sparse:
+        chosen = encoded if features is None else encoded[:, features.to(encoded.device)]
+        token, feature = chosen.nonzero(as_tuple=True)
+        value = chosen[token, feature].float()
+    else:
+        # A top-k SAE gives k entries to a token, in the order of the tokens.
+        (token, feature), value = encoded._indices(), encoded._values().float()
+        if features is not None:
+            place = torch.full((encoded.shape[1],), -1, dtype=torch.int64, device=encoded.device)
+            place[features.to(encoded.device)] = torch.arange(len(features), device=encoded.device)
+            feature = place[feature]
+    kept = ((value > 0) & (feature >= 0)).nonzero().squeeze(1)
+    return token[kept], feature[kept], value[kept]
 
 
 def _measures(batch: SparseActivations, n_tokens: Int64[Tensor, "prompts 2"]) -> PromptMeasures:

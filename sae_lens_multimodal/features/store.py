@@ -235,6 +235,7 @@ class FeatureStore:
             layout=layout_of_row(row),
             image_ids=row["image_ids"],
             open_image=self.image,
+            near_ids=row["near_ids"],
         )
 
     def image(self, image_id: str) -> Image.Image:

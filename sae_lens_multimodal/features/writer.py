@@ -17,7 +17,7 @@ from sae_lens_multimodal.errors import FeatureError, StoreError
 from sae_lens_multimodal.features.hashing import image_id, picture_key
 from sae_lens_multimodal.features.histogram import N_BINS, histogram_bins, histogram_edges
 from sae_lens_multimodal.features.pictures import keep_picture
-from sae_lens_multimodal.features.records import PromptRow, prompt_row
+from sae_lens_multimodal.features.records import PromptRow, prompt_row, prompts_table
 from sae_lens_multimodal.features.schema import (
     EXAMPLES,
     IMAGES,
@@ -99,6 +99,7 @@ class StoreWriter:
                     "height": picture.height,
                     "prompt_id": prompt_id,
                     "index": index,
+                    "near_id": name,
                 },
             )
         if len(tokens) != layout.n_tokens:
@@ -166,10 +167,10 @@ class StoreWriter:
         """Write the tables and the manifest, and open the store."""
         order = {(kind, name): (i, j) for i, kind in enumerate(KINDS) for j, name in enumerate(MODALITIES)}
         rows = sorted(self._examples, key=lambda e: (e["feature"], *order[e["kind"], e["modality"]], e["rank"]))
-        prompts = [dict(self._prompts[prompt_id]) for prompt_id in sorted(self._prompts)]
+        prompts = prompts_table([self._prompts[prompt_id] for prompt_id in sorted(self._prompts)])
         images = [self._images[name] for name in sorted(self._images)]
         write_tables(self.paths.table("examples"), EXAMPLES, [pa.Table.from_pylist(rows, schema=EXAMPLES)])
-        write_tables(self.paths.table("prompts"), PROMPTS, [pa.Table.from_pylist(prompts, schema=PROMPTS)])
+        write_tables(self.paths.table("prompts"), PROMPTS, [prompts])
         write_tables(self.paths.table("images"), IMAGES, [pa.Table.from_pylist(images, schema=IMAGES)])
         statistics = self._statistics()
         write_tables(self.paths.table("statistics"), statistics.schema, [statistics])

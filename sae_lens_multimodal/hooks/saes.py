@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from sae_lens import SAE, SAEConfig, TrainingSAE
+from sae_lens.saes.topk_sae import TopK
 from torch import Tensor
 
 from sae_lens_multimodal.adapters.model import VisionLanguageModel
 from sae_lens_multimodal.errors import FeatureError, SAEMismatchError
+from sae_lens_multimodal.hooks import concept_sae as concept_sae  # so that SAE-Lens can load saved concept dictionaries
 
 CHUNK_TOKENS = 4096
 """Tokens that are encoded at once: at 131 072 features in float32 these are 2 GiB."""
@@ -140,21 +142,27 @@ def inference_sae(sae: SAE[Any], *, copy: bool = False) -> SAE[Any]:
 
 
 def encode_chunks(
-    sae: SAE[Any], acts: Float[Tensor, "tokens d_in"], chunk_tokens: int = CHUNK_TOKENS
+    sae: SAE[Any], acts: Float[Tensor, "tokens d_in"], chunk_tokens: int = CHUNK_TOKENS, *, keep_sparse: bool = False
 ) -> Iterator[tuple[slice, Float[Tensor, "chunk d_sae"]]]:
     """Encode tokens a few at a time, so that no more than `chunk_tokens` by `d_sae` values exist at once.
 
     SAE-Lens's own `encode` does the work: normalisation, decoder bias, precision and device are the SAE's.
 
+    Args:
+        sae: The SAE.
+        acts: Activations of tokens, heads flattened.
+        chunk_tokens: Tokens encoded at once.
+        keep_sparse: Leave what a top-k SAE finds as a sparse tensor, rather than fill and search rows of zeros.
+
     Yields:
-        Which tokens, and their feature activations, dense.
+        Which tokens, and their feature activations, dense (or sparse and uncoalesced, ordered by token).
     """
     plain = inference_sae(sae)
     for start in range(0, len(acts), chunk_tokens):
         chunk = slice(start, min(start + chunk_tokens, len(acts)))
-        with _flat_heads(plain):
-            encoded = _encode(plain, acts[chunk])
-        yield chunk, encoded
+        with _flat_heads(plain), _sparse_topk(plain, keep_sparse):
+            encoded = plain.encode(acts[chunk].to(plain.W_dec.device))
+        yield chunk, encoded if keep_sparse or not encoded.is_sparse else encoded.to_dense()
 
 
 def encode_tokens(
@@ -232,6 +240,21 @@ def output_scale(sae: SAE[Any], acts: Float[Tensor, "tokens d_in"]) -> Float[Ten
 def _encode(sae: SAE[Any], acts: Tensor) -> Tensor:
     encoded = sae.encode(acts.to(sae.W_dec.device))
     return encoded.to_dense() if encoded.is_sparse else encoded
+
+
+@contextmanager
+def _sparse_topk(sae: SAE[Any], wanted: bool) -> Iterator[None]:
+    """Let a top-k SAE give its activations as a sparse tensor, and leave it as it was found."""
+    activation = sae.activation_fn
+    if not (wanted and isinstance(activation, TopK)):
+        yield
+        return
+    before = activation.use_sparse_activations
+    activation.use_sparse_activations = True
+    try:
+        yield
+    finally:
+        activation.use_sparse_activations = before
 
 
 @contextmanager

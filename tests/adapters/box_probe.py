@@ -17,7 +17,7 @@ Encoder = Callable[[Sequence[Image.Image]], Any]
 """Makes model inputs of several pictures, one prompt each."""
 
 
-class _Reached(Exception):  # noqa: N818 - not an error: it ends a forward pass
+class _Reached(Exception):
     """The first block of the language model was reached."""
 
 
@@ -108,7 +108,7 @@ def check_edges(
         seen: [lines, n] of `tokens_that_see`, for image tokens.
         lines: the lines.
         edges: [n, 2] where the boxes begin and end.
-        patch: side of a patch in pixels of the resized picture: how far filters reach follows from its size on the original.
+        patch: side of a patch in pixels of the resized picture: how far filters reach follows from its size.
         length: of the picture along the axis.
     """
     low, high = edges[:, 0], edges[:, 1]

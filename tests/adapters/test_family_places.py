@@ -11,8 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from sae_lens_multimodal.adapters.family import Released
 from sae_lens_multimodal.adapters.layout import TokenLayout
-from sae_lens_multimodal.adapters.model import VisionLanguageModel
+from sae_lens_multimodal.adapters.model import VisionLanguageModel, load_model
+from sae_lens_multimodal.adapters.registry import find_family, registered_families
 from tests.adapters.adapter_samples import picture, prompt
 from tests.adapters.box_probe import check_edges, differing, features_for, tokens_that_see
 
@@ -73,3 +75,28 @@ def test_image_tokens_are_where_the_model_puts_pictures(random_model: VisionLang
             expected[row] = layout.is_image[row] & (layout.image_index[row] == index)
             assert np.array_equal(found, expected.numpy()), (row, index)
             assert found.any()
+
+
+def released_structures() -> list[Any]:
+    return [
+        pytest.param(name, released, id=released.names[0])
+        for name in registered_families()
+        for released in find_family(name).released
+    ]
+
+
+@pytest.mark.parametrize(("family", "released"), released_structures())
+def test_the_structures_of_released_checkpoints(family: str, released: Released) -> None:
+    """Real sizes, patches, grids and merging; few layers, random weights."""
+    module, processor = find_family(family).random_model(seed=0, **released.structure)
+    module.set_attn_implementation("eager")
+    model = load_model(module, processor=processor)
+    check_places(model, (401, 268), n_lines=4)
+    check_places(model, (310, 840), n_lines=2)
+    batch = ask(model, [picture(200, 120)])
+    values: dict[str, Any] = {}
+    with torch.no_grad(), model.trace(**batch):
+        for name in model.hooks.names():
+            values[name] = model.hooks[name].save()
+    assert values.keys() == set(model.hooks.names())
+    assert values[f"blocks.{model.n_layers - 1}.hook_resid_post"].isfinite().all()

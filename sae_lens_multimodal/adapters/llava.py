@@ -1,0 +1,142 @@
+"""The LLaVA-1.5 family: one view of each picture, whose patches are its tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, final
+
+from sae_lens_multimodal.adapters.family import Family, ImageTokens, Released
+from sae_lens_multimodal.adapters.grid import view_of
+from sae_lens_multimodal.adapters.hook_points import HookPoint
+from sae_lens_multimodal.adapters.modules import (
+    LANGUAGE,
+    OLD_PATHS,
+    PROJECTOR,
+    UNEMBEDDING,
+    VISION,
+    check_tower,
+    clip_vision_hooks,
+    complete_processor,
+    embedding_hook,
+    language_block,
+    language_hooks,
+    projector_hooks,
+)
+
+
+@final
+class Llava(Family):
+    """LLaVA-1.5 and those built like it: each picture is one square view, cut into patches.
+
+    Boxes are exact. Where the processor crops the view from the middle, as LLaVA-1.5's does, what lies outside of it
+    is seen by no token and lies in no box; where it fills up to a square, patches of filling have an empty box.
+    """
+
+    model_type: ClassVar[str] = "llava"
+    media_keys: ClassVar[tuple[str, ...]] = ("pixel_values",)
+    media_modules: ClassVar[tuple[str, ...]] = (VISION, PROJECTOR)
+    old_paths: ClassVar[Mapping[str, str]] = OLD_PATHS
+    final_norm: ClassVar[str] = f"{LANGUAGE}.norm"
+    unembedding: ClassVar[str] = UNEMBEDDING
+    released: ClassVar[tuple[Released, ...]] = (
+        Released(
+            names=("llava-hf/llava-1.5-7b-hf", "llava-hf/llava-1.5-13b-hf", "llava-hf/bakLlava-v1-hf"),
+            structure={"image_size": 336, "patch_size": 14, "crop": True},
+        ),
+        Released(
+            names=("llava-hf/llava-interleave-qwen-0.5b-hf", "llava-hf/llava-interleave-qwen-7b-hf"),
+            structure={"image_size": 384, "patch_size": 14, "tower": "siglip_vision_model"},
+        ),
+    )
+
+    def __init__(self, config: Any, processor: Any) -> None:  # noqa: ANN401 - transformers' own
+        """Read the configuration.
+
+        Raises:
+            UnsupportedModelError: the vision tower is of another kind, or gives tokens beside the patches.
+        """
+        super().__init__(config, processor)
+        strategy = config.vision_feature_select_strategy
+        check_tower(
+            config.vision_config, 1 if strategy == "default" else 0, f"vision_feature_select_strategy={strategy!r}"
+        )
+        complete_processor(config, processor, strategy)
+
+    def hook_points(self) -> Sequence[HookPoint]:
+        """Return all named hooks in the order in which a forward pass reaches them."""
+        text, vision = self.config.text_config, self.config.vision_config
+        layers = self.config.vision_feature_layer
+        seen = vision.hidden_size * (1 if isinstance(layers, int) else len(layers))
+        return (
+            *embedding_hook(text),
+            *clip_vision_hooks(vision),
+            *projector_hooks(seen, text.hidden_size, text.hidden_size),
+            *language_hooks(text, language_block(text)),
+        )
+
+    def image_tokens(self, width: int, height: int) -> ImageTokens:
+        """Return how the placeholders of a picture of this size lie in it.
+
+        Raises:
+            LayoutError: processor and vision tower disagree about the size of a view.
+        """
+        vision = self.config.vision_config
+        return view_of(self.processor.image_processor, vision.image_size, vision.patch_size).tokens(width, height)
+
+    @classmethod
+    def random_model(cls, seed: int = 0, **structure: Any) -> tuple[Any, Any]:  # noqa: ANN401 - by name
+        """Return a tiny LLaVA-1.5 with random weights, and its processor; see `_random`."""
+        return _random(seed, **structure)
+
+
+def _random(
+    seed: int, image_size: int = 48, patch_size: int = 8, tower: str = "clip_vision_model", crop: bool = False
+) -> tuple[Any, Any]:
+    from transformers import (
+        CLIPImageProcessorPil,
+        CLIPVisionConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+        LlavaImageProcessorPil,
+        LlavaProcessor,
+        SiglipVisionConfig,
+    )
+
+    from sae_lens_multimodal.adapters.random_models import (
+        CHAT_TEMPLATE,
+        CONTROL,
+        finished,
+        tiny_llama,
+        tiny_tower,
+        word_tokenizer,
+    )
+
+    tokenizer = word_tokenizer()
+    has_class = tower == "clip_vision_model"
+    settings = tiny_tower(image_size, patch_size)
+    strategy = "default" if has_class else "full"
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**settings)
+        if has_class
+        else SiglipVisionConfig(**settings, vision_use_head=False),
+        text_config=tiny_llama(tokenizer),
+        image_token_index=CONTROL.index("<image>"),
+        vision_feature_layer=-2,
+        vision_feature_select_strategy=strategy,
+        architectures=["LlavaForConditionalGeneration"],
+    )
+    square = {"height": image_size, "width": image_size}
+    images = (
+        CLIPImageProcessorPil(size={"shortest_edge": image_size}, crop_size=square)
+        if crop
+        else LlavaImageProcessorPil(size=square, crop_size=square, do_center_crop=False, do_pad=True)
+    )
+    processor = LlavaProcessor(
+        images,
+        tokenizer,
+        patch_size=patch_size,
+        vision_feature_select_strategy=strategy,
+        num_additional_image_tokens=int(has_class),
+        chat_template=CHAT_TEMPLATE,
+    )
+    return finished(LlavaForConditionalGeneration(config), tokenizer, seed), processor

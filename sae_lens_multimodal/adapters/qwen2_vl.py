@@ -1,0 +1,28 @@
+"""The Qwen2-VL family."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, final
+
+from transformers import Qwen2VLForConditionalGeneration, Qwen2VLProcessor
+
+from sae_lens_multimodal.adapters.processors import picture_processor
+from sae_lens_multimodal.adapters.qwen_vision import QwenVision, tiny_qwen
+
+
+@final
+class Qwen2Vl(QwenVision):
+    """Qwen2-VL: blocks of 2 x 2 patches of 14 pixels, full attention within each picture."""
+
+    model_type: ClassVar[str] = "qwen2_vl"
+
+    @classmethod
+    def processor_class(cls) -> Any:  # noqa: ANN401 - transformers' own
+        """Return what loads the processor."""
+        return picture_processor(Qwen2VLProcessor)
+
+    @classmethod
+    def random_model(cls, seed: int = 0, **structure: Any) -> tuple[Any, Any]:  # noqa: ANN401 - see `tiny_qwen`
+        """Return a tiny Qwen2-VL with random weights, and its processor."""
+        vision = {"embed_dim": 32, "hidden_size": 48, "mlp_ratio": 2}
+        return tiny_qwen(Qwen2VLForConditionalGeneration, Qwen2VLProcessor, seed, vision, **structure)

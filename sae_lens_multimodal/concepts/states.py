@@ -1,0 +1,250 @@
+"""States gathered for a word: in memory, and as a folder of shards that a killed run leaves whole."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from jaxtyping import Float, Int64
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sae_lens_multimodal.data.skips import SkipReport
+from sae_lens_multimodal.errors import StoreError
+from sae_lens_multimodal.files import MANIFEST_NAME, read_json, read_manifest, write_atomically, write_json, write_manifest
+
+STATES_KIND = "concept_states"
+PROGRESS_KIND = "concept_states_in_progress"
+SCHEMA_VERSION = 1
+PROGRESS_NAME = "progress.json"
+
+
+@dataclass(frozen=True)
+class StateShard:
+    """Some states, and what each was read from."""
+
+    states: Float[Tensor, "n d"]
+    row: Int64[Tensor, " n"]
+    """The dataset's row."""
+    position: Int64[Tensor, " n"]
+    """The token whose state it is, padding not counted; of a mean the first."""
+    word: Int64[Tensor, "n 2"]
+    """The word's own tokens: the first, and one beyond the last."""
+    captions: list[str]
+    """The text that holds the word."""
+
+    def __len__(self) -> int:
+        """Return the number of states."""
+        return len(self.states)
+
+    @classmethod
+    def joined(cls, parts: Sequence[StateShard]) -> StateShard:
+        """Put parts behind one another."""
+        return cls(
+            torch.cat([one.states for one in parts]),
+            torch.cat([one.row for one in parts]),
+            torch.cat([one.position for one in parts]),
+            torch.cat([one.word for one in parts]),
+            [caption for one in parts for caption in one.captions],
+        )
+
+    def save(self, path: Path) -> None:
+        """Write one file, in one step."""
+        tensors = {"states": self.states, "row": self.row, "position": self.position, "word": self.word}
+        note = {"captions": json.dumps(self.captions, ensure_ascii=False)}
+        whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        write_atomically(path, lambda temporary: save_file(whole, temporary, metadata=note))
+
+    @classmethod
+    def load(cls, path: Path) -> StateShard:
+        """Read one file.
+
+        Raises:
+            StoreError: it is missing or damaged.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensors = [file.get_tensor(name) for name in ("states", "row", "position", "word")]
+                return cls(*tensors, captions=json.loads(file.metadata()["captions"]))
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            raise StoreError(f"{path} cannot be read ({error}); gather the states again.") from error
+
+
+@dataclass(frozen=True)
+class ConceptStates:
+    """The states of one word at one hook of one model."""
+
+    shard: StateShard = field(repr=False)
+    settings: dict[str, Any]
+    """What was asked for: word, hook, model, place, dataset."""
+    report: SkipReport = field(default_factory=SkipReport)
+    """Rows read and skipped, and why."""
+    n_without: int = 0
+    """Rows whose caption does not hold the word."""
+
+    def __len__(self) -> int:
+        """Return the number of states."""
+        return len(self.shard)
+
+    @property
+    def states(self) -> Float[Tensor, "n d"]:
+        """The states, in the order of the dataset."""
+        return self.shard.states
+
+    @property
+    def rows(self) -> list[int]:
+        """The dataset's row of each state."""
+        rows: list[int] = self.shard.row.tolist()
+        return rows
+
+    @property
+    def captions(self) -> list[str]:
+        """The caption of each state."""
+        return self.shard.captions
+
+    @property
+    def hook_name(self) -> str:
+        """Where the states were read."""
+        return str(self.settings["hook_name"])
+
+    @property
+    def model_name(self) -> str:
+        """The model they are of."""
+        return str(self.settings["model_name"])
+
+    @property
+    def word(self) -> str:
+        """The word or phrase."""
+        return str(self.settings["word"])
+
+    def summary(self) -> str:
+        """One line for people."""
+        return f"{len(self)} states of {self.word!r} from {self.report.summary()}; {self.n_without} without the word"
+
+    def split(self, share: float = 0.5, *, seed: int = 0) -> tuple[ConceptStates, ConceptStates]:
+        """Split by rows of the dataset, at random: what concepts are found on and what they are measured on."""
+        rows = self.shard.row.unique()
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
+        first = torch.isin(self.shard.row, rows[order[: round(share * len(rows))]])
+        return self._only(first), self._only(~first)
+
+    def _only(self, chosen: Tensor) -> ConceptStates:
+        one = self.shard
+        captions = [caption for caption, kept in zip(one.captions, chosen.tolist(), strict=True) if kept]
+        part = StateShard(one.states[chosen], one.row[chosen], one.position[chosen], one.word[chosen], captions)
+        return ConceptStates(part, self.settings, self.report, self.n_without)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Self:
+        """Read what `gather_states` wrote.
+
+        Raises:
+            StoreError: the folder is something else, or unfinished.
+        """
+        folder = Path(folder)
+        if (folder / PROGRESS_NAME).is_file():
+            raise StoreError(f"{folder} holds an unfinished gathering; run the same one again to complete it.")
+        settings = read_manifest(folder, kind=STATES_KIND, schema_version=SCHEMA_VERSION)["settings"]
+        done = settings.pop("result")
+        shards = [StateShard.load(folder / name) for name in done["shards"]]
+        return cls(StateShard.joined(shards), settings, SkipReport.from_dict(done["report"]), done["n_without"])
+
+
+class StateWriter:
+    """Collects states; writes them out in shards where there is a folder, and then can go on where it was killed."""
+
+    def __init__(self, folder: Path | None, settings: dict[str, Any], shard_states: int, *, resume: bool) -> None:
+        self._folder, self._settings, self._shard_states = folder, settings, shard_states
+        self.next_row, self.n_states, self.n_without, self.n_read = 0, 0, 0, 0
+        self.report = SkipReport()
+        self.shards: list[str] = []
+        self._waiting: list[StateShard] = []
+        self.finished: ConceptStates | None = None
+        if folder is not None:
+            self._begin(folder, resume)
+
+    def _begin(self, folder: Path, resume: bool) -> None:
+        if folder.exists() and not folder.is_dir():
+            raise StoreError(f"{folder} is a file; give a folder to write the states into.")
+        if (folder / MANIFEST_NAME).is_file():
+            self._continue(folder, resume)
+            return
+        if folder.is_dir() and any(folder.iterdir()):
+            raise StoreError(f"{folder} is not empty and holds no states; give an empty or new folder.")
+        write_json(folder / PROGRESS_NAME, self._progress())
+        write_manifest(folder, kind=PROGRESS_KIND, schema_version=SCHEMA_VERSION, settings=self._settings)
+
+    def _continue(self, folder: Path, resume: bool) -> None:
+        unfinished = (folder / PROGRESS_NAME).is_file()
+        kind = PROGRESS_KIND if unfinished else STATES_KIND
+        known = read_manifest(folder, kind=kind, schema_version=SCHEMA_VERSION)["settings"]
+        for name, wanted in self._settings.items():
+            if known.get(name) != json.loads(json.dumps(wanted)):
+                raise StoreError(
+                    f"{folder} holds states gathered with {name}={known.get(name)!r}, not {wanted!r}; give another "
+                    "folder, or the same settings."
+                )
+        if not resume:
+            raise StoreError(f"{folder} holds states already and resume is off; give an empty folder.")
+        if not unfinished:
+            self.finished = ConceptStates.load(folder)
+            return
+        seen = read_json(folder / PROGRESS_NAME)
+        self.next_row, self.n_states, self.n_without = seen["next_row"], seen["n_states"], seen["n_without"]
+        self.n_read, self.shards = seen["n_read"], seen["shards"]
+        self.report = SkipReport.from_dict(seen["report"])
+
+    def _progress(self) -> dict[str, Any]:
+        return {
+            "next_row": self.next_row,
+            "n_read": self.n_read,
+            "n_states": self.n_states,
+            "n_without": self.n_without,
+            "shards": self.shards,
+            "report": self.report.to_dict(),
+        }
+
+    def add(self, shard: StateShard) -> None:
+        """Take the states of a batch; the counts must be those up to that batch."""
+        if len(shard):
+            self._waiting.append(shard)
+            self.n_states += len(shard)
+        if self._folder is not None and sum(map(len, self._waiting)) >= self._shard_states:
+            self._flush(self._folder)
+
+    def _flush(self, folder: Path) -> None:
+        if self._waiting:
+            name = f"states-{len(self.shards):05d}.safetensors"
+            StateShard.joined(self._waiting).save(folder / name)
+            self.shards.append(name)
+            self._waiting = []
+        write_json(folder / PROGRESS_NAME, self._progress())
+
+    def finish(self) -> ConceptStates:
+        """Write what is left, and the manifest last; give everything.
+
+        Raises:
+            StoreError: there are no states.
+        """
+        if not self.n_states:
+            raise StoreError(
+                f"No states of {self._settings['word']!r} were found: {self.report.summary()}; {self.n_without} rows "
+                "do not hold the word. Give another word or more rows."
+            )
+        if self._folder is None:
+            return ConceptStates(StateShard.joined(self._waiting), self._settings, self.report, self.n_without)
+        self._flush(self._folder)
+        result = {"shards": self.shards, "report": self.report.to_dict(), "n_without": self.n_without}
+        write_manifest(
+            self._folder,
+            kind=STATES_KIND,
+            schema_version=SCHEMA_VERSION,
+            settings={**self._settings, "result": result},
+        )
+        (self._folder / PROGRESS_NAME).unlink()
+        return ConceptStates.load(self._folder)

@@ -1,0 +1,77 @@
+"""The closed form of a rank-one update, and what ordinary keys make of its direction. No matrix is inverted."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+class RankOne(NamedTuple):
+    """An update `left rightᵀ` of a weight."""
+
+    left: Float[Tensor, " d_out"]
+    right: Float[Tensor, " d_in"]
+
+
+def rank_one_update(
+    change: Float[Tensor, " d_out"],
+    key: Float[Tensor, " d_in"],
+    *,
+    damping: float = 0.0,
+    ordinary: Float[Tensor, "n d_in"] | None = None,
+    ridge: float = 0.01,
+) -> RankOne:
+    """Return the update that lets a linear layer answer a key with its old value plus a change.
+
+    Without ordinary keys it is `change kᵀ / (λ + ‖k‖²)`, which changes the weight as little as it can. With them, k is
+    replaced in it by the direction of `whitened`, which ordinary keys read as little as can be (the covariance of
+    Meng et al. 2022, arXiv 2202.05262). With damping 0 the key's value changes by exactly `change`; with more, by
+    `‖k‖² / (λ + ‖k‖²)` of it.
+
+    Args:
+        change: v* − (W k + b).
+        key: k.
+        damping: λ.
+        ordinary: keys that are to keep their values.
+        ridge: as in `whitened`.
+
+    Example:
+        >>> weight, key, wanted = torch.eye(2), torch.tensor([2.0, 0.0]), torch.tensor([1.0, 3.0])
+        >>> left, right = rank_one_update(wanted - weight @ key, key)
+        >>> (weight + left.outer(right)) @ key
+        tensor([1., 3.])
+    """
+    k = key.double()
+    direction = k if ordinary is None else whitened(k, ordinary, ridge)
+    right = direction / (damping + k @ k)
+    return RankOne(change.float(), right.float())
+
+
+def whitened(
+    key: Float[Tensor, " d_in"], ordinary: Float[Tensor, "n d_in"], ridge: float = 0.01
+) -> Float[Tensor, " d_in"]:
+    """Turn a key away from ordinary ones: u ∝ (C + r I)⁻¹ k with C their mean outer product, scaled so that u·k = ‖k‖².
+
+    C is never formed: by Woodbury's identity only a matrix of n × n, one row for each key, is factorised (Cholesky).
+
+    Args:
+        key: k.
+        ordinary: keys that are to be read as little as can be.
+        ridge: r, in units of the mean of C's diagonal: the smaller, the less ordinary keys count, and the worse for
+            keys that are only much like k.
+    """
+    k, others = key.double(), ordinary.double()
+    r = ridge * float(others.square().mean())
+    gram = others @ others.T
+    gram.diagonal().add_(r * len(others))
+    solved = torch.cholesky_solve((others @ k)[:, None], torch.linalg.cholesky(gram))[:, 0]
+    direction = k - others.T @ solved
+    return direction * (k @ k) / (direction @ k)
+
+
+def readings(keys: Float[Tensor, "n d_in"], update: RankOne) -> Float[Tensor, " n"]:
+    """How much of the change each key gets: 1 for all of it, 0 for none."""
+    return keys.float() @ update.right.to(keys.device)

@@ -1,0 +1,163 @@
+"""An SAE-Lens architecture for concept dictionaries: a token is encoded by the non-negative lasso on the concepts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import torch
+from jaxtyping import Float
+from sae_lens import SAE, SAEConfig, register_sae_class
+from sae_lens.registry import SAE_CLASS_REGISTRY
+from torch import Tensor
+from typing_extensions import override
+
+ARCHITECTURE = "concept_dictionary"
+
+Encoder: TypeAlias = Literal["lasso", "nearest"]
+"""`lasso`: argmin of ½‖x - vU‖² + α Σv over v ≥ 0. `nearest`: of the nearest concept its share of x, of others 0."""
+
+
+@torch.no_grad()
+def nonnegative_codes(
+    scores: Float[Tensor, "n k"],
+    gram: Float[Tensor, "k k"],
+    *,
+    l1: float = 0.0,
+    n_sweeps: int = 100,
+    start: Float[Tensor, "n k"] | None = None,
+) -> Float[Tensor, "n k"]:
+    """Minimise ½‖x - vU‖² + l1 Σv over v ≥ 0 for every row by coordinate descent, given xUᵀ and UUᵀ only.
+
+    A fixed number of sweeps over the concepts, each concept for all rows at once, so that a row's code does not depend
+    on the rows beside it.
+
+    Args:
+        scores: xUᵀ.
+        gram: UUᵀ.
+        l1: weight of the codes' sum.
+        n_sweeps: how often every concept's code is set to its optimum, the others held.
+        start: codes to begin with; none: zeros.
+
+    Example:
+        >>> nonnegative_codes(torch.tensor([[3.0, -1.0]]), torch.eye(2), l1=0.5).tolist()
+        [[2.5, 0.0]]
+    """
+    sizes = gram.diagonal().tolist()
+    codes = torch.zeros_like(scores.T) if start is None else start.T.to(scores).clone()
+    codes = codes.contiguous()
+    slopes = (scores.T - l1 - gram @ codes).contiguous()
+    columns = list(gram.unbind(1))
+    for _ in range(n_sweeps):
+        for concept, size in enumerate(sizes):
+            if size <= 0:
+                continue
+            now = codes[concept]
+            step = torch.add(now, slopes[concept], alpha=1 / size).clamp_min_(0).sub_(now)
+            now.add_(step)
+            slopes.addr_(columns[concept], step, alpha=-1)
+    return codes.T.contiguous()
+
+
+def nearest_codes(scores: Float[Tensor, "n k"], gram: Float[Tensor, "k k"]) -> Float[Tensor, "n k"]:
+    """Give every row the coefficient of its nearest concept, ⟨x, u⟩/‖u‖² and at least 0; its other codes are 0.
+
+    Example:
+        >>> nearest_codes(torch.tensor([[3.0, 1.0]]), torch.eye(2)).tolist()
+        [[3.0, 0.0]]
+    """
+    sizes = gram.diagonal()
+    nearest = (scores - sizes / 2).argmax(dim=-1, keepdim=True)
+    share = (scores / sizes.clamp_min(torch.finfo(scores.dtype).tiny)).clamp_min(0)
+    return torch.zeros_like(scores).scatter(-1, nearest, share.gather(-1, nearest))
+
+
+def with_gradient(
+    codes: Float[Tensor, "n k"], scores: Float[Tensor, "n k"], gram: Float[Tensor, "k k"]
+) -> Float[Tensor, "n k"]:
+    """Give optimal codes the gradient that they have as a function of the scores.
+
+    Among the concepts in use, G v = s - l1 at the optimum, so v moves by G⁻¹ ds; concepts out of use stay out.
+    """
+    used = (codes > 0).to(gram.dtype)
+    system = used[:, :, None] * gram * used[:, None, :] + torch.diag_embed(1 - used)
+    # Concepts that nearly coincide would make the system singular.
+    system = system + 1e-6 * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    moved = (scores - scores.detach()) * used
+    return codes + torch.linalg.solve(system.detach(), moved[:, :, None])[:, :, 0] * used
+
+
+@dataclass
+class ConceptDictionarySAEConfig(SAEConfig):
+    """Configuration of a concept dictionary as an SAE."""
+
+    encoder: Encoder = "lasso"
+    """How tokens are encoded."""
+    l1: float = 0.0
+    """Weight of the codes' sum, in the unit of the activations."""
+    n_sweeps: int = 100
+    """Sweeps of the lasso's coordinate descent."""
+
+    @override
+    @classmethod
+    def architecture(cls) -> str:
+        """Give the name by which SAE-Lens loads it."""
+        return ARCHITECTURE
+
+
+class ConceptDictionarySAE(SAE[ConceptDictionarySAEConfig]):
+    """A concept dictionary: `W_dec` are the concepts, and there is no encoder besides them."""
+
+    # As in SAE-Lens's own tied SAE (matching pursuit), which cannot have the base class's parameter either.
+    @property
+    def W_enc(self) -> Tensor:  # type: ignore[override]  # noqa: N802 - SAE-Lens's name
+        """The concepts, transposed."""
+        return self.W_dec.T
+
+    @override
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name != "W_enc":
+            super().__setattr__(name, value)
+
+    @override
+    def encode(self, x: Tensor) -> Tensor:
+        """Encode activations; gradients flow to them, as the optimum moves with them."""
+        sae_in = self.process_sae_in(x)
+        concepts = self.W_dec.to(torch.promote_types(self.W_dec.dtype, torch.float32))
+        gram = concepts @ concepts.T
+        scores = self.hook_sae_acts_pre(sae_in.to(concepts.dtype) @ concepts.T)
+        flat = scores.reshape(-1, scores.shape[-1])
+        if self.cfg.encoder == "nearest":
+            codes = nearest_codes(flat, gram)
+        else:
+            codes = nonnegative_codes(flat, gram, l1=self.cfg.l1, n_sweeps=self.cfg.n_sweeps)
+            if torch.is_grad_enabled() and flat.requires_grad:
+                codes = with_gradient(codes, flat, gram)
+        encoded: Tensor = self.hook_sae_acts_post(codes.reshape(scores.shape).to(sae_in.dtype))
+        return encoded
+
+    @override
+    def decode(self, feature_acts: Tensor) -> Tensor:
+        """Add up the concepts."""
+        rebuilt = self.hook_sae_recons(feature_acts @ self.W_dec + self.b_dec)
+        out: Tensor = self.reshape_fn_out(self.run_time_activation_norm_fn_out(rebuilt), self.d_head)
+        return out
+
+    @override
+    def fold_W_dec_norm(self) -> None:
+        """Refuse: the weight of the codes' sum means something only for the concepts as they are."""
+        raise NotImplementedError("The concepts' norms cannot be folded: encoder and decoder are one.")
+
+    @override
+    def fold_activation_norm_scaling_factor(self, scaling_factor: float) -> None:
+        """Refuse, for the same reason."""
+        raise NotImplementedError("A scaling factor cannot be folded: encoder and decoder are one.")
+
+    @override
+    def fold_activation_whitening(self, mean: Tensor, whitening_matrix: Tensor, unwhitening_matrix: Tensor) -> None:
+        """Refuse, for the same reason."""
+        raise NotImplementedError("Whitening cannot be folded: encoder and decoder are one.")
+
+
+if ARCHITECTURE not in SAE_CLASS_REGISTRY:
+    register_sae_class(ARCHITECTURE, ConceptDictionarySAE, ConceptDictionarySAEConfig)
