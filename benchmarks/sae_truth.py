@@ -4,7 +4,8 @@
 
 One line for each run, in Markdown: explained variance of image and text tokens, L0, share of features that never fire,
 the best feature's average precision (chosen on other scenes than it is measured on; mean over the values of a kind),
-and the share of live features that fit some concept with an average precision of at least .5, and as far above chance.
+and the share of live features that fit some concept with an average precision of at least .5, and as far above chance;
+once of those concepts alone, once with every word that names no attribute ("is", "letter") as a concept besides.
 """
 
 from __future__ import annotations
@@ -25,8 +26,11 @@ from sae_lens_multimodal import MultimodalSAETrainingRunner, load_model
 from sae_lens_multimodal.data.batches import encoded_batches
 from sae_lens_multimodal.data.stream import read_prompts
 from sae_lens_multimodal.scenes import model_folder, scene_rows, scenes_dataset
+from sae_lens_multimodal.scenes.concepts import ALL_CONCEPTS, WORD, Concept
+from sae_lens_multimodal.scenes.tiny_config import WORDS
 from sae_lens_multimodal.scenes.truth import fit_several
 from sae_lens_multimodal.scenes.truth_tables import summary_lines, truth_summary
+from sae_lens_multimodal.scenes.words import attribute_of
 from sae_lens_multimodal.training.config import build_config
 from sae_lens_multimodal.training.evaluate import measure_several
 from sae_lens_multimodal.training.floors import (
@@ -41,6 +45,7 @@ from sae_lens_multimodal.training.tokens import TokenChoice, read_tokens
 
 TRAINING_KINDS = ("scene", "text", "text", "scene", "text", "text", "interleaved", "text", "text")
 ATTRIBUTES = ("colour", "shape", "texture", "glyph")
+OTHER_WORDS = tuple(Concept(WORD, word) for word in WORDS if attribute_of(word) is None)
 
 
 def options_of(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -132,7 +137,9 @@ def measured(model: Any, saes: dict[str, Any], options: argparse.Namespace, run:
     held_out = list(scene_rows(1_002 + 10 * run["seed"], 200))
     totals = measure_several(saes, batches_of(model, held_out, run["hook"]))
     rows = scene_rows(1_004 + 10 * run["seed"], options.scenes, kinds=("scene", "text"))
-    truths = fit_several(model, saes, rows, hook_name=run["hook"], batch_size=32)
+    concepts = (*ALL_CONCEPTS, *OTHER_WORDS)
+    with_words = fit_several(model, saes, rows, hook_name=run["hook"], batch_size=32, concepts=concepts)
+    truths = {name: truth.without_words() for name, truth in with_words.items()}
     found: dict[str, Any] = {"truths": truths}
     for name in saes:
         parts = {modality: total.metrics() for modality, total in totals[name].items()}
@@ -144,6 +151,7 @@ def measured(model: Any, saes: dict[str, Any], options: argparse.Namespace, run:
             "l0_text": parts["text"].l0,
             "dead": float((fired == 0).double().mean()),
             **truth_summary(truths[name]),
+            "clear_or_word_share": truth_summary(with_words[name])["clear_share"],
         }
     return found
 
@@ -164,7 +172,8 @@ def line_of(name: str, one: dict[str, Any], seconds: float) -> str:
     """One row of the table."""
     numbers = [one[key] for key in ("ev_image", "ev_text", "l0_image", "l0_text", "dead")]
     numbers += [one[modality]["elsewhere"][kind] for modality in ("image", "text") for kind in ATTRIBUTES]
-    cells = ["-" if value is None else f"{value:.3f}" for value in (*numbers, one["clear_share"])]
+    numbers += [one["clear_share"], one["clear_or_word_share"]]
+    cells = ["-" if value is None else f"{value:.3f}" for value in numbers]
     return f"| {name} | {' | '.join(cells)} | {one['live']} | {seconds:.0f} |"
 
 
@@ -172,7 +181,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Train, measure and print."""
     options = options_of(arguments)
     model = load_model(options.model)
-    header = (*COLUMNS, "clear", "live", "seconds")
+    header = (*COLUMNS, "clear", "clear or a word", "live", "seconds")
     print(f"| {' | '.join(header)} |\n|{'---|' * len(header)}")
     grid = itertools.product(options.hooks, options.architectures, options.widths, options.k)
     for hook, architecture, width, k in grid:
@@ -202,11 +211,11 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def spread(across: list[dict[str, Any]]) -> list[str]:
-    """Mean and standard deviation over seeds of the columns of `line_of`, up to the share of clear features."""
+    """Mean and standard deviation over seeds of the columns of `line_of`, up to the number of live features."""
     keys = ("ev_image", "ev_text", "l0_image", "l0_text", "dead")
     columns = [[one[key] for one in across] for key in keys]
     columns += [[one[m]["elsewhere"][kind] for one in across] for m in ("image", "text") for kind in ATTRIBUTES]
-    columns += [[one["clear_share"] for one in across], [one["live"] for one in across]]
+    columns += [[one[key] for one in across] for key in ("clear_share", "clear_or_word_share", "live")]
     return [f"{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f}" for values in columns] + [""]
 
 

@@ -33,23 +33,23 @@ from sae_lens_multimodal.training.runner import MultimodalSAETrainingRunner
 from sae_lens_multimodal.training.tokens import LabelledBatch
 
 Rows = list[dict[str, Any]]
-LAYERS, LAYER, WIDTH = 8, 5, 256
+LAYERS, LAYER = 8, 5
 BATCH_TOKENS, D_SAE, K = 1024, 2048, 16
-TEXT_TOKENS, PROMPTS = 64, 16
+PROMPTS = 16
 
 
 class _Reached(Exception):
     """Ends a plain forward pass at the hooked layer."""
 
 
-def make_models(folder: Path) -> tuple[Path, Path]:
+def make_models(folder: Path, width: int) -> tuple[Path, Path]:
     """Save a LLaVA-NeXT with random weights, and its language model by itself."""
     torch.manual_seed(0)
     config = AutoConfig.from_pretrained(model_folder())
     text = config.text_config
-    text.hidden_size, text.num_hidden_layers, text.intermediate_size = WIDTH, LAYERS, 4 * WIDTH
+    text.hidden_size, text.num_hidden_layers, text.intermediate_size = width, LAYERS, 4 * width
     text.num_attention_heads = text.num_key_value_heads = 8
-    text.head_dim = WIDTH // 8
+    text.head_dim = width // 8
     whole = LlavaNextForConditionalGeneration(config)
     processor = AutoProcessor.from_pretrained(model_folder())
     both, alone = folder / "llava", folder / "llama"
@@ -99,11 +99,11 @@ def plain_forward(model: VisionLanguageModel, batches: list[Any]) -> float:
     return time.perf_counter() - start
 
 
-def trainer_steps(cfg: MultimodalSAERunnerConfig[Any], steps: int) -> float:
+def trainer_steps(cfg: MultimodalSAERunnerConfig[Any], steps: int, width: int) -> float:
     """Seconds of SAE-Lens's own training steps, on one batch again and again."""
-    sae: TrainingSAE[Any] = TrainingSAE.from_dict({**cfg.sae.to_dict(), "d_in": WIDTH})
+    sae: TrainingSAE[Any] = TrainingSAE.from_dict({**cfg.sae.to_dict(), "d_in": width})
     trainer = SAETrainer(cfg.to_sae_trainer_config(), sae, iter(()))
-    batch = torch.randn(BATCH_TOKENS, WIDTH)
+    batch = torch.randn(BATCH_TOKENS, width)
     start = time.perf_counter()
     for _ in range(steps):
         trainer.step(batch)
@@ -127,21 +127,21 @@ def whole_run(model: VisionLanguageModel, cfg: MultimodalSAERunnerConfig[Any], r
     return time.perf_counter() - start, given
 
 
-def upstream_run(folder: Path, steps: int, rows: datasets.Dataset) -> float:
+def upstream_run(folder: Path, steps: int, rows: datasets.Dataset, width: int, text_tokens: int) -> float:
     """Seconds of SAE-Lens's own runner on the language model alone."""
     cfg = settings(steps)
     runner = LanguageModelSAETrainingRunner(
         LanguageModelSAERunnerConfig(
-            sae=TrainingSAE.from_dict({**cfg.sae.to_dict(), "d_in": WIDTH}).cfg,
+            sae=TrainingSAE.from_dict({**cfg.sae.to_dict(), "d_in": width}).cfg,
             model_name=str(folder),
             model_class_name="AutoModelForCausalLM",
             hook_name=f"model.layers.{LAYER}",
             dataset_path="given",
             streaming=False,
-            context_size=TEXT_TOKENS,
+            context_size=text_tokens,
             train_batch_size_tokens=BATCH_TOKENS,
             training_tokens=BATCH_TOKENS * steps,
-            n_batches_in_buffer=cfg.n_batches_in_buffer * BATCH_TOKENS // TEXT_TOKENS,
+            n_batches_in_buffer=cfg.n_batches_in_buffer * BATCH_TOKENS // text_tokens,
             store_batch_size_prompts=PROMPTS,
             prepend_bos=False,
             output_path=None,
@@ -157,14 +157,14 @@ def upstream_run(folder: Path, steps: int, rows: datasets.Dataset) -> float:
     return time.perf_counter() - start
 
 
-def texts(model: VisionLanguageModel, count: int) -> list[dict[str, Any]]:
-    """Texts of which each makes a prompt of `TEXT_TOKENS` tokens."""
+def texts(model: VisionLanguageModel, count: int, length: int) -> list[dict[str, Any]]:
+    """Texts of which each makes a prompt of so many tokens."""
     said = (part["text"] for row in scene_rows(0, 200, kinds=["text"]) for part in row["messages"][0]["content"])
     words = " ".join(said).split()
     rows = []
     for index in range(count):
-        chosen = words[index * 7 % (len(words) - TEXT_TOKENS) :][: TEXT_TOKENS - 8]
-        while len(model.encode([[{"role": "user", "content": " ".join(chosen)}]])["input_ids"][0]) > TEXT_TOKENS:
+        chosen = words[index * 7 % (len(words) - length) :][: length - 2]
+        while len(model.encode([[{"role": "user", "content": " ".join(chosen)}]])["input_ids"][0]) > length:
             chosen = chosen[:-1]
         rows.append({"text": " ".join(chosen)})
     return rows
@@ -185,18 +185,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=24, help="training steps of each run")
     parser.add_argument("--rounds", type=int, default=3, help="how often everything is timed")
+    parser.add_argument("--width", type=int, default=256, help="of the model")
+    parser.add_argument("--text-tokens", type=int, default=64, help="tokens of a prompt where there is text only")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     with tempfile.TemporaryDirectory() as folder:
-        both, alone = make_models(Path(folder))
-        measure_all(both, alone, options.steps, options.rounds)
+        measure_all(*make_models(Path(folder), options.width), options)
 
 
-def measure_all(both: Path, alone: Path, steps: int, rounds: int) -> None:
+def measure_all(both: Path, alone: Path, options: argparse.Namespace) -> None:
     """Time everything in turns, and print a table."""
+    steps, rounds, width, length = options.steps, options.rounds, options.width, options.text_tokens
     model = load_model(both, dtype=torch.float32)
     pictures = list(scene_rows(0, 200, kinds=["scene", "text"]))
-    words = texts(model, 64)
+    words = texts(model, 64, length)
     dataset = datasets.Dataset.from_list(words)
     cfg = settings(steps, model_name=str(both))
     whole = forward = step = ours = theirs = float("inf")
@@ -205,10 +207,10 @@ def measure_all(both: Path, alone: Path, steps: int, rounds: int) -> None:
         seconds, given = whole_run(model, cfg, pictures)
         whole = min(whole, seconds)
         forward = best(lambda: plain_forward(model, given), forward)  # noqa: B023 - called at once
-        step = best(lambda: trainer_steps(cfg, steps), step)
+        step = best(lambda: trainer_steps(cfg, steps, width), step)
         seconds, said = whole_run(model, cfg, words)
         ours = min(seconds, ours)
-        theirs = best(lambda: upstream_run(alone, steps, dataset), theirs)
+        theirs = best(lambda: upstream_run(alone, steps, dataset, width, length), theirs)
     before = memory_mib()
     MultimodalSAETrainingRunner(settings(4 * steps, model_name=str(both)), pictures, model).run()
     grown = memory_mib() - before

@@ -66,3 +66,7 @@ class EditError(MultimodalError, ValueError):
 
 class JudgeError(MultimodalError, RuntimeError):
     """A judge (explainer or scorer model) that cannot be asked at all."""
+
+
+class NoGapError(MultimodalError, ValueError):
+    """A clean and a corrupted prompt that the model answers alike, so that there is nothing to trace."""

@@ -4,12 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from sae_lens_multimodal.adapters.layout import TokenLayout
+
+_known_sizes = WeakTensorKeyDictionary()
+"""Token ids of the batches that exist, and their pictures' sizes: a run is given the tensors alone."""
+
+
+def known_picture_sizes(inputs: Mapping[str, Any]) -> list[tuple[int, int]] | None:
+    """Return (width, height) of all pictures of model inputs, prompt by prompt.
+
+    They are known where the inputs are those of an `EncodedBatch`, or name `image_sizes` themselves; else None.
+    """
+    ids, sizes = inputs.get("input_ids"), inputs.get("image_sizes")
+    if isinstance(ids, Tensor) and ids in _known_sizes:
+        return [size for row in _known_sizes[ids] for size in row]
+    if sizes is None:
+        return None
+    return [(int(width), int(height)) for height, width in torch.as_tensor(sizes).tolist()]
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,6 +40,16 @@ class EncodedBatch(Mapping[str, Tensor]):
     """What each position is and where it lies; always on the CPU."""
     images: list[list[Image.Image]]
     """For each prompt its pictures as the model saw them: upright, RGB."""
+
+    def __post_init__(self) -> None:
+        """Note how large the pictures are, for runs of the model on these inputs."""
+        if "input_ids" in self.inputs:
+            _known_sizes[self.inputs["input_ids"]] = self.layout.image_sizes
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Note it in a process that was handed the batch, too."""
+        self.__dict__.update(state)
+        self.__post_init__()
 
     @property
     def n_rows(self) -> int:

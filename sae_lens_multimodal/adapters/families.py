@@ -52,3 +52,19 @@ def qwen3_vl() -> type[Family]:
     from sae_lens_multimodal.adapters.qwen3_vl import Qwen3Vl
 
     return Qwen3Vl
+
+
+@family("idefics3")
+def idefics3() -> type[Family]:
+    """Idefics3."""
+    from sae_lens_multimodal.adapters.idefics3 import Idefics3
+
+    return Idefics3
+
+
+@family("smolvlm")
+def smolvlm() -> type[Family]:
+    """SmolVLM and SmolVLM2."""
+    from sae_lens_multimodal.adapters.smolvlm import SmolVlm
+
+    return SmolVlm

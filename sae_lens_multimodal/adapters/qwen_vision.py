@@ -100,9 +100,7 @@ class QwenVision(Family):
         points = [Part("hook_embed", "patch_embed", d=block.width).at(prefix="vision.", path=VISION, tower="vision")]
         for index in range(vision.depth):
             points += [
-                part.at(
-                    prefix=f"vision.blocks.{index}.", path=f"{VISION}.blocks.{index}", tower="vision", layer=index
-                )
+                part.at(prefix=f"vision.blocks.{index}.", path=f"{VISION}.blocks.{index}", tower="vision", layer=index)
                 for part in _with_fused(block)
             ]
             points += self.after_vision_block(index)
@@ -228,9 +226,7 @@ def tiny_qwen(
         architectures=[model_class.__name__],
     )
     processor = without_video(processor_class)(
-        Qwen2VLImageProcessorPil(
-            size={"shortest_edge": min_pixels, "longest_edge": max_pixels}, patch_size=patch_size
-        ),
+        Qwen2VLImageProcessorPil(size={"shortest_edge": min_pixels, "longest_edge": max_pixels}, patch_size=patch_size),
         tokenizer,
         chat_template=CHAT_TEMPLATE.replace("<image> ", "<vision_start><image><vision_end> "),
     )

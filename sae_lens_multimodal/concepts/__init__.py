@@ -1,1 +1,3 @@
-"""Concept dictionaries: directions of the residual stream found for a word, grounded in pictures and words."""
+"""Concept dictionaries: states gathered for a word, taken apart into concepts that are used like SAE features."""
+
+from sae_lens_multimodal.hooks import concept_sae as concept_sae  # so that SAE-Lens can load saved dictionaries

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sae_lens_multimodal.data.skips import SkipReport
-from sae_lens_multimodal.errors import StoreError
+from sae_lens_multimodal.errors import DatasetError, StoreError
 from sae_lens_multimodal.files import MANIFEST_NAME, read_json, read_manifest, write_atomically, write_json, write_manifest
 
 STATES_KIND = "concept_states"
@@ -147,7 +147,7 @@ class ConceptStates:
             StoreError: the folder is something else, or unfinished.
         """
         folder = Path(folder)
-        if (folder / PROGRESS_NAME).is_file():
+        if _is_unfinished(folder):
             raise StoreError(f"{folder} holds an unfinished gathering; run the same one again to complete it.")
         settings = read_manifest(folder, kind=STATES_KIND, schema_version=SCHEMA_VERSION)["settings"]
         done = settings.pop("result")
@@ -176,11 +176,10 @@ class StateWriter:
             return
         if folder.is_dir() and any(folder.iterdir()):
             raise StoreError(f"{folder} is not empty and holds no states; give an empty or new folder.")
-        write_json(folder / PROGRESS_NAME, self._progress())
         write_manifest(folder, kind=PROGRESS_KIND, schema_version=SCHEMA_VERSION, settings=self._settings)
 
     def _continue(self, folder: Path, resume: bool) -> None:
-        unfinished = (folder / PROGRESS_NAME).is_file()
+        unfinished = _is_unfinished(folder)
         kind = PROGRESS_KIND if unfinished else STATES_KIND
         known = read_manifest(folder, kind=kind, schema_version=SCHEMA_VERSION)["settings"]
         for name, wanted in self._settings.items():
@@ -194,6 +193,8 @@ class StateWriter:
         if not unfinished:
             self.finished = ConceptStates.load(folder)
             return
+        if not (folder / PROGRESS_NAME).is_file():
+            return  # killed before its first shard
         seen = read_json(folder / PROGRESS_NAME)
         self.next_row, self.n_states, self.n_without = seen["next_row"], seen["n_states"], seen["n_without"]
         self.n_read, self.shards = seen["n_read"], seen["shards"]
@@ -229,10 +230,10 @@ class StateWriter:
         """Write what is left, and the manifest last; give everything.
 
         Raises:
-            StoreError: there are no states.
+            DatasetError: there are no states.
         """
         if not self.n_states:
-            raise StoreError(
+            raise DatasetError(
                 f"No states of {self._settings['word']!r} were found: {self.report.summary()}; {self.n_without} rows "
                 "do not hold the word. Give another word or more rows."
             )
@@ -246,5 +247,10 @@ class StateWriter:
             schema_version=SCHEMA_VERSION,
             settings={**self._settings, "result": result},
         )
-        (self._folder / PROGRESS_NAME).unlink()
+        (self._folder / PROGRESS_NAME).unlink(missing_ok=True)
         return ConceptStates.load(self._folder)
+
+
+def _is_unfinished(folder: Path) -> bool:
+    manifest = folder / MANIFEST_NAME
+    return manifest.is_file() and read_json(manifest).get("kind") == PROGRESS_KIND

@@ -110,7 +110,7 @@ class Objective:
         device = next(model._module.parameters()).device
         self.ids = torch.tensor(list(target), device=device)
         self._module: nn.Linear = place.module
-        self._prompts, self._essence = prompts, essence
+        self._prompts, self._kept_ends = prompts, essence.ends if essence is not None else []
         longer = [append_tokens(model, one, target[:-1]) if len(target) > 1 else one for one in prompts.batches]
         self._tails = [Tail(model, batch, place.layer, len(target)) for batch in longer]
         self._kept = [Tail(model, batch, place.layer, 1) for batch in (essence.batches if essence is not None else [])]
@@ -133,14 +133,14 @@ class Objective:
             with torch.enable_grad():
                 logs = self._log_probability(self._logits(tail, ends, change))
                 loss = -logs.sum() / (self._rows * len(self.ids))
-            total += torch.autograd.grad(loss, leaf, retain_graph=True)[0]
+            total += torch.autograd.grad(loss, leaf)[0]
             found.append(logs.detach())
-        for tail, ends in zip(self._kept, self._essence.ends if self._essence is not None else [], strict=True):
+        for tail, ends in zip(self._kept, self._kept_ends, strict=True):
             with torch.enable_grad():
                 now, then = self._logits(tail, ends, change).log_softmax(-1), tail.first.log_softmax(-1)
-                kept = nn.functional.kl_div(now, then, log_target=True, reduction="sum") * self._weight
-                loss = kept / sum(len(one) for one in self._essence.ends) if self._essence is not None else kept
-            total += torch.autograd.grad(loss, leaf, retain_graph=True)[0]
+                kept = nn.functional.kl_div(now, then, log_target=True, reduction="sum")
+                loss = self._weight * kept / sum(len(one) for one in self._kept_ends)
+            total += torch.autograd.grad(loss, leaf)[0]
         return total, torch.cat(found)
 
     def _logits(self, tail: Tail, ends: Tensor, change: Tensor | None) -> Tensor:
@@ -167,19 +167,18 @@ def find_value(
     """
     length = float(own.mean(0).norm())
     unit = length / own.shape[-1] ** 0.5
-    x = torch.zeros(own.shape[-1], device=own.device, requires_grad=True)
+    x = torch.zeros(own.shape[-1], device=own.device).requires_grad_()
     adam = torch.optim.Adam([x], lr=settings.learning_rate)
     before = objective.before().exp()
     logs, steps, clamped = objective.before(), 0, False
     bar = tqdm(total=settings.max_steps, desc="value", disable=not progress)
     for step in range(settings.max_steps + 1):
-        with torch.enable_grad():
-            change = x * unit
-        gradient, logs = objective.gradient(x, change)
+        change = (x.detach() * unit).requires_grad_()
+        gradient, logs = objective.gradient(change, change)
         steps = step
         if float(logs.exp().min()) >= settings.enough or step == settings.max_steps:
             break
-        x.grad = gradient + settings.weight_decay * 2 * x.detach() / len(x)
+        x.grad = gradient * unit + settings.weight_decay * 2 * x.detach() / len(x)
         adam.step()
         clamped = _clamp(x, settings.clamp)
         bar.update()

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 NEAR_BITS: Final = 16
-"""Of the 384 bits of two pictures' hashes so many may differ; see `benchmarks/harvest.py` for what that lets through."""
+"""Of the 384 bits of two pictures' hashes so many may differ: most copies do in fewer, hardly any other picture."""
 REMEMBERED: Final = 1 << 20
 """Pictures that later ones are compared with, the newest of those unlike all before; 72 bytes each."""
 
@@ -68,6 +68,7 @@ class NearPictures:
         self.max_bits = max_bits
         self._limit = remembered
         self._count = 0
+        """Pictures that were like none before, ever."""
         self._words = np.zeros((0, _WORDS), dtype=np.uint64)
         self._means = np.zeros((0, 3), dtype=np.float32)
         self._names = np.zeros((0, 16), dtype=np.uint8)
@@ -99,6 +100,11 @@ class NearPictures:
         self._words[slot], self._means[slot] = words, mean
         self._names[slot] = np.frombuffer(bytes.fromhex(name), dtype=np.uint8)
         self._count += 1
+
+    @property
+    def count(self) -> int:
+        """Pictures so far that were like none before."""
+        return self._count
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything as named tensors, for a checkpoint."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -13,12 +14,14 @@ from safetensors.torch import save_file
 
 from sae_lens_multimodal.data.rows import SkipReport
 from sae_lens_multimodal.errors import StoreError
+from sae_lens_multimodal.features.near import NearPictures
 from sae_lens_multimodal.features.schema import PROGRESS_KIND, SCHEMA_VERSION, STORE_KIND, TABLES, StorePaths
 from sae_lens_multimodal.features.state import HarvestState
 from sae_lens_multimodal.files import MANIFEST_NAME, read_manifest, write_atomically, write_manifest
 
 _STATE_NAME = "state.safetensors"
 _MOST_EXAMPLES = 5
+_NEAR = "near."
 
 
 @dataclass
@@ -35,6 +38,21 @@ class Position:
     """Files of the prompt shelf."""
     report: dict[str, Any] = field(default_factory=lambda: SkipReport().to_dict())
     """Of the rows before `next_row`."""
+    pictures: dict[str, int] = field(default_factory=lambda: {"seen": 0, "distinct": 0, "near_duplicates": 0})
+    """Pictures met, those unlike all before, and those that only look like an earlier one; the rest were repeated."""
+
+    def count_pictures(self, names: Sequence[Sequence[str]], near: Sequence[Sequence[str]], distinct: int) -> None:
+        """Count the pictures of a batch.
+
+        Args:
+            names: Of every prompt the content names of its pictures.
+            near: The content names of what they look like.
+            distinct: How many pictures so far looked like none before them.
+        """
+        pairs = [pair for prompt in zip(names, near, strict=True) for pair in zip(*prompt, strict=True)]
+        self.pictures["seen"] += len(pairs)
+        self.pictures["distinct"] = distinct
+        self.pictures["near_duplicates"] += sum(name != first for name, first in pairs)
 
 
 class Progress:
@@ -48,18 +66,22 @@ class Progress:
         """Note what the pass was asked for."""
         write_manifest(self._paths.progress, kind=PROGRESS_KIND, schema_version=SCHEMA_VERSION, settings=request)
 
-    def save(self, state: HarvestState, position: Position) -> None:
+    def save(self, state: HarvestState, near: NearPictures, position: Position) -> None:
         """Write a checkpoint, in one step."""
         note = {"position": json.dumps(asdict(position))}
-        tensors = state.tensors()
+        tensors = {**state.tensors(), **{f"{_NEAR}{name}": value for name, value in near.tensors().items()}}
         write_atomically(self._file, lambda temporary: save_file(tensors, temporary, metadata=note))
 
-    def load(self, state: HarvestState) -> Position:
-        """Restore the latest checkpoint into `state`; the beginning where there is none."""
+    def load(self, state: HarvestState, near: NearPictures) -> Position:
+        """Restore the latest checkpoint into `state` and `near`; the beginning where there is none."""
         if not self._file.is_file():
             return Position()
         with safe_open(self._file, framework="pt", device="cpu") as file:
-            state.restore({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 - no mapping
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+            near.restore(
+                {name.removeprefix(_NEAR): tensors.pop(name) for name in list(tensors) if name.startswith(_NEAR)}
+            )
+            state.restore(tensors)
             return Position(**json.loads(file.metadata()["position"]))
 
     def remove(self) -> None:

@@ -132,6 +132,7 @@ def repeat_batch(model: VisionLanguageModel, batch: EncodedBatch, copies: int) -
         image_index=layout.image_index.repeat(copies, 1),
         tile=layout.tile.repeat(copies, 1),
         image_sizes=layout.image_sizes * copies,
+        inexact=layout.inexact * copies,
     )
     return EncodedBatch(inputs=inputs, layout=repeated, images=batch.images * copies)
 

@@ -235,6 +235,9 @@ def append_tokens(model: VisionLanguageModel, batch: EncodedBatch, ids: Sequence
     more = torch.as_tensor(ids, dtype=batch["input_ids"].dtype, device=mask.device).expand(len(mask), -1)
     inputs = {**batch.inputs, "input_ids": torch.cat([batch["input_ids"], more], dim=1)}
     inputs["attention_mask"] = torch.cat([mask, torch.ones_like(more, dtype=mask.dtype)], dim=1)
+    for name in model.family.token_keys:
+        if name in inputs:
+            inputs[name] = torch.cat([inputs[name], torch.zeros_like(more, dtype=inputs[name].dtype)], dim=1)
     if "position_ids" in inputs:
         positions = model.family.position_ids(inputs["attention_mask"])
         if positions is not None:

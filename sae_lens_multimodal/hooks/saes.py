@@ -252,7 +252,9 @@ def _sparse_topk(sae: SAE[Any], wanted: bool) -> Iterator[None]:
     before = activation.use_sparse_activations
     activation.use_sparse_activations = True
     try:
-        yield
+        # SAE-Lens makes the indices from torch.topk; to have them checked would cost what is saved.
+        with torch.sparse.check_sparse_tensor_invariants(False):
+            yield
     finally:
         activation.use_sparse_activations = before
 

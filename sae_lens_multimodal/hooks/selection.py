@@ -11,6 +11,7 @@ from jaxtyping import Bool, Int
 from PIL import Image
 from torch import Tensor
 
+from sae_lens_multimodal.adapters.batch import known_picture_sizes
 from sae_lens_multimodal.adapters.encode import build_layout, special_ids
 from sae_lens_multimodal.adapters.family import Family
 from sae_lens_multimodal.adapters.layout import TokenLayout
@@ -73,12 +74,8 @@ class ForwardPass:
         sizes: list[tuple[int, int]] = []
         if step == 0 or _reads_all(inputs, prompt_tokens + step):
             given = [{**_mapping(args), **kwargs} for args, kwargs in batcher.invokes]
-            sizes = [
-                (int(width), int(height))
-                for one in given
-                if one.get("image_sizes") is not None
-                for height, width in torch.as_tensor(one["image_sizes"]).tolist()
-            ]
+            found = [known_picture_sizes(one) for one in given]
+            sizes = [size for one in found for size in one or ()]
         forward = cls(inputs, step, sizes, n_prompts=batcher.total)
         return replace(forward, prompt_tokens=_shape(forward)[1] if step == 0 else prompt_tokens)
 

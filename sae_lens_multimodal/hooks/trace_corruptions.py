@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast, final
 
@@ -264,12 +264,14 @@ def with_pictures(prompt: Conversation, pictures: Sequence[Image.Image]) -> Conv
     left = iter(pictures)
 
     def part(one: Any) -> Any:  # noqa: ANN401 - a part of a message
-        if isinstance(one, dict) and one.get("type") == "image":
+        if isinstance(one, Mapping) and one.get("type") == "image":
             return {"type": "image", "image": next(left)}
         return one
 
     messages = [
-        message if isinstance(message["content"], str) else {**message, "content": [part(p) for p in message["content"]]}
+        message
+        if isinstance(message["content"], str)
+        else {**message, "content": [part(p) for p in message["content"]]}
         for message in prompt
     ]
     return cast("Conversation", messages)

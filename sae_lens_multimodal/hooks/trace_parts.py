@@ -177,9 +177,7 @@ def hooks_of(model: VisionLanguageModel, parts: Iterable[Part]) -> list[str]:
     return list(names)
 
 
-def bind(
-    model: VisionLanguageModel, parts: Sequence[Part], clean: Recording, corrupted: Recording
-) -> list[Restoring]:
+def bind(model: VisionLanguageModel, parts: Sequence[Part], clean: Recording, corrupted: Recording) -> list[Restoring]:
     """Bind parts to the two runs; `"heads"` becomes as many as there are.
 
     Raises:

@@ -41,7 +41,12 @@ class KeptKeys(DynamicCache):
         """How many positions are put before what a pass computes itself; None while recording."""
 
     def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_args: Any, **_kwargs: Any
+        self,
+        key_states: Tensor,
+        value_states: Tensor,
+        layer_idx: int,
+        *_args: object,
+        **_kwargs: object,
     ) -> tuple[Tensor, Tensor]:
         """Keep what comes, or put what was kept before it."""
         if self.upto is None:
@@ -315,7 +320,7 @@ class _Giving:
 
     output: Any = field(repr=False)
 
-    def __call__(self, *_args: Any, **_kwargs: Any) -> Any:  # noqa: ANN401 - a module's own output
+    def __call__(self, *_args: object, **_kwargs: object) -> Any:  # noqa: ANN401 - a module's own output
         return self.output
 
 

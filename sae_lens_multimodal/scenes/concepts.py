@@ -31,7 +31,7 @@ class Concept(NamedTuple):
     """One thing that can be seen or named: colour red, colour+shape red circle, background grain, border left."""
 
     kind: str
-    """An attribute's kind, several joined by "+", "background" or "border"."""
+    """An attribute's kind, several joined by "+", "background", "border" or "word"."""
     value: str
     """An attribute's value, or several in the order of the kinds, with blanks between."""
 
@@ -82,6 +82,8 @@ SURROUNDINGS: tuple[Concept, ...] = (
 """What lies around objects: patches without any, by kind of background; patches that an object's outline crosses; the
 picture's own edges. No word names them."""
 ALL_CONCEPTS: tuple[Concept, ...] = (*CONCEPTS, *CONJUNCTIONS, *SURROUNDINGS)
+WORD = "word"
+"""The kind of concepts that are a word itself, wherever it stands in the text: those that name no attribute."""
 ATTRIBUTE_KINDS: tuple[str, ...] = tuple(ATTRIBUTES)
 
 
@@ -131,6 +133,9 @@ def _label_words(
         named = attribute_of(word) if is_text[position] else None
         if named is None:
             phrase = []
+            itself = Concept(WORD, word.strip())
+            if is_text[position] and itself in column_of:
+                labels[position, column_of[itself]] = PRESENT
             continue
         latest = Concept(*named)
         earlier = [one for one in phrase if one.kind in _JOINED_KINDS and one.kind != latest.kind]

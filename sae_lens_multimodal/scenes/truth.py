@@ -28,6 +28,7 @@ from sae_lens_multimodal.scenes.concepts import (
     CONCEPTS,
     COVERED_SHARE,
     TOUCHED_SHARE,
+    WORD,
     Concept,
     mask_share,
     token_labels,
@@ -136,7 +137,14 @@ class Truth:
 
     def only_attributes(self) -> Truth:
         """The same with single attributes as the only concepts."""
-        kept = [column for column, concept in enumerate(self.concepts) if concept.kind in ATTRIBUTE_KINDS]
+        return self._only([concept.kind in ATTRIBUTE_KINDS for concept in self.concepts])
+
+    def without_words(self) -> Truth:
+        """The same without words that name no attribute."""
+        return self._only([concept.kind != WORD for concept in self.concepts])
+
+    def _only(self, chosen: Sequence[bool]) -> Truth:
+        kept = np.flatnonzero(chosen).tolist()
         fits = {modality: matrix[:, kept] for modality, matrix in self.precisions.items()}
         halves = {modality: (one[:, kept], two[:, kept]) for modality, (one, two) in self.halves.items()}
         tokens = {modality: one.only(kept) for modality, one in self.tokens.items()}

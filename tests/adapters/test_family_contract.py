@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -282,8 +283,11 @@ def test_layouts_of_many_prompts(random_model: VisionLanguageModel) -> None:
     layout, ids = batch.layout, batch["input_ids"]
     assert layout.modality.shape == ids.shape
     assert torch.equal(layout.modality == Modality.PADDING, batch["attention_mask"] == 0)
-    placeholders = ids == random_model.family.image_token_id
-    assert torch.equal(placeholders, layout.image_index >= 0)
+    family = random_model.family
+    marked = np.isin(ids.numpy(), [*family.markers()])
+    of_pictures = torch.from_numpy(family.is_placeholder(ids.numpy()) | marked)
+    # a text without pictures has no markers either
+    assert torch.equal(of_pictures, layout.image_index >= 0)
     assert torch.equal(layout.is_image, ~layout.boxes.isnan().any(-1))
     assert torch.equal(layout.is_image, layout.tile >= 0)
     assert not (layout.is_text & torch.isin(ids, torch.tensor(random_model.tokenizer.all_special_ids))).any()
@@ -293,6 +297,8 @@ def test_layouts_of_many_prompts(random_model: VisionLanguageModel) -> None:
     for row, sizes in enumerate(layout.image_sizes):
         for image, (width, height) in enumerate(sizes):
             whole = layout.tokens_in((0, 0, width, height), row=row, image=image)
+            if layout.inexact[row][image]:
+                continue
             assert layout.union_box(whole, row=row) == pytest.approx((0, 0, width, height), abs=1.0)
             heat = layout.heatmap(torch.ones(layout.n_tokens), row=row, image=image)
             assert heat.shape == (height, width)

@@ -462,7 +462,8 @@ def test_inputs_that_do_not_tell_where_the_pictures_are(
     model: VisionLanguageModel, sae: SAE[Any], batch: EncodedBatch
 ) -> None:
     steered = steer(model, sae, {3: Set(5.0)}, tokens="image")
-    ids = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    # a copy: of the batch's own ids it is known which pictures they are about
+    ids = {"input_ids": batch["input_ids"].clone(), "attention_mask": batch["attention_mask"]}
     with pytest.raises(SelectionError, match="given no picture sizes"):
         read_activations(steered, ids, HOOK)
     embedded = {"inputs_embeds": torch.randn(1, 4, 48)}

@@ -65,6 +65,17 @@ def test_a_word_shows_the_conjunctions_that_it_completes() -> None:
     assert found[10] == {"circle", "red circle", "blue circle"}
 
 
+def test_a_word_that_names_nothing_can_be_a_concept_itself() -> None:
+    words = ["is", "red", "there", "is"]
+    concepts = (Concept("colour", "red"), Concept("word", "is"), Concept("word", "red"))
+    labels = token_labels([], layout_of(None, [], len(words)), words, concepts)
+    assert (labels == PRESENT).T.tolist() == [
+        [False, True, False, False],
+        [True, False, False, True],
+        [False, False, False, False],
+    ]
+
+
 def test_patches_show_conjunctions_background_and_borders() -> None:
     scene = make_scene(3, n_objects=2)
     width, height = scene.image.size
@@ -174,6 +185,21 @@ def test_only_attributes_keeps_what_they_are(truth: Truth) -> None:
     assert few.concepts == CONCEPTS
     assert few.best_by_value(Modality.TEXT, "colour") == truth.best_by_value(Modality.TEXT, "colour")
     assert {fit.concept.kind for fit in few.features} <= {"colour", "shape", "texture", "glyph"}
+
+
+def test_without_words_the_rest_is_as_if_they_had_not_been_asked_for(model: VisionLanguageModel) -> None:
+    rows = list(scene_rows(4, 16, kinds=("scene", "text")))
+    words = [Concept("word", word) for word in ("is", "a", "the", "there", "in", "what", "?", ".")]
+    sae = axes_floor(
+        TokenMoments.of([LabelledBatch(torch.randn(99, model.d_model), torch.zeros(99, dtype=torch.int8))]),
+        torch.eye(model.d_model),
+        24,
+    )
+    hook = "blocks.0.hook_resid_post"
+    plain = fit_features(model, sae, rows, hook_name=hook)
+    more = fit_features(model, sae, rows, hook_name=hook, concepts=(*CONCEPTS, *words))
+    assert any(fit.concept.kind == "word" for fit in more.features)
+    assert more.without_words().features == plain.features
 
 
 def test_cross_modal_truth_counts_both_sides(truth: Truth) -> None:

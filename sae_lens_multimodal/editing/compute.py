@@ -1,0 +1,222 @@
+"""Teaching a model one fact: the value, and the rank-one updates of one layer or several that write it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sae_lens_multimodal.adapters.model import VisionLanguageModel
+from sae_lens_multimodal.editing.edit import Edit, LayerChange, RankOneChange
+from sae_lens_multimodal.editing.places import Constraint
+from sae_lens_multimodal.editing.settings import EditSettings
+from sae_lens_multimodal.editing.update import rank_one_update
+from sae_lens_multimodal.editing.value import Objective, Prompts, Value, find_value, wanted_ids
+from sae_lens_multimodal.editing.weights import DownProjection, down_projection, fingerprint
+from sae_lens_multimodal.errors import EditError
+from sae_lens_multimodal.types import Conversation
+
+SWALLOWED = 0.25
+"""A rounded weight that misses more of the wanted change of the output than this is warned of."""
+
+
+def compute_edit(
+    model: VisionLanguageModel,
+    prompts: Sequence[Conversation],
+    target: str,
+    *,
+    constraint: Constraint | Sequence[Constraint],
+    layers: int | Sequence[int],
+    ordinary: Mapping[int, Float[Tensor, "n d_in"]] | None = None,
+    essence: Sequence[Conversation] = (),
+    essence_constraint: Constraint | Sequence[Constraint] | None = None,
+    settings: EditSettings | None = None,
+    progress: bool = False,
+) -> Edit:
+    """Find the edit after which a model answers some prompts with a target. The model is left as it was.
+
+    The value v* of the MLP's output at the constraint's last token is optimised until the target follows, over all
+    prompts together; then `W' = W + (v* − W k) kᵀ / (λ + ‖k‖²)` with k the mean of the prompts' keys there (MultEdit,
+    arXiv 2406.04236; after ROME, arXiv 2202.05262). With several layers, each takes an equal part of what then remains
+    (MEMIT, arXiv 2210.07229), the last one the whole rest.
+
+    Args:
+        model: The model.
+        prompts: Questions that show or name the thing: several pictures and wordings make the edit hold for others.
+        target: The answer to be taught, of one token or several.
+        constraint: What of the prompt names the thing; one, or one for each prompt.
+        layers: The layer whose MLP is edited, or several.
+        ordinary: For each layer keys that are to keep their values; see `ordinary_keys`.
+        essence: Prompts about the thing whose next token is to stay as it is.
+        essence_constraint: The constraint in those; by default the same, if it is one.
+        settings: How far to go.
+        progress: Show a bar.
+
+    Raises:
+        UnknownHookError: The model has no such layer.
+        SelectionError: A prompt lacks the constraint.
+        EditError: The layer cannot be edited, or the prompts and settings do not fit together.
+        ConfigError: A setting cannot work, or the tokenizer does not know the target.
+    """
+    settings = settings or EditSettings()
+    settings.check()
+    places = _places(model, layers, ordinary)
+    about = Prompts.encode(model, prompts, constraint, settings.batch_size)
+    kept = _essence(model, essence, constraint if essence_constraint is None else essence_constraint, settings)
+    last = places[-1]
+    objective = Objective(
+        model, last, about, wanted_ids(model, target, end=settings.end), kept, settings.essence_weight
+    )
+    own = about.at_ends(model, [last.value_hook])[last.value_hook]
+    value = find_value(objective, own, settings, progress=progress)
+    _warn_of_clamp(value, settings)
+    changes, landed = _updates(model, places, about, value, ordinary or {}, settings)
+    record = {
+        "model": model.name,
+        "n_prompts": len(prompts),
+        "constraint": repr(constraint),
+        "settings": asdict(settings),
+        "n_ordinary_keys": {str(one.layer): len(ordinary[one.layer]) for one in places} if ordinary else None,
+        "length": value.length,
+        "probability_before": value.probability_before,
+        "probability": value.probability,
+        "steps": value.steps,
+        "clamped": value.clamped,
+        "landed": landed,
+    }
+    return Edit(
+        changes=changes, target=target, method="rank_one", layers=tuple(one.layer for one in places), record=record
+    )
+
+
+def _places(
+    model: VisionLanguageModel, layers: int | Sequence[int], ordinary: Mapping[int, Tensor] | None
+) -> list[DownProjection]:
+    several = sorted({layers} if isinstance(layers, int) else set(layers))
+    if not several:
+        raise EditError("Got no layer; expected at least one to edit.")
+    places = [down_projection(model, layer) for layer in several]
+    for place in places if ordinary is not None else []:
+        keys = (ordinary or {}).get(place.layer)
+        if keys is None or not len(keys) or keys.shape[-1] != place.module.in_features:
+            got = "none" if keys is None else f"keys of shape {tuple(keys.shape)}"
+            raise EditError(
+                f"Got {got} for layer {place.layer}; expected ordinary keys of width {place.module.in_features} for "
+                "every layer that is edited, as ordinary_keys gives them."
+            )
+    return places
+
+
+def _essence(
+    model: VisionLanguageModel,
+    essence: Sequence[Conversation],
+    constraint: Constraint | Sequence[Constraint],
+    settings: EditSettings,
+) -> Prompts | None:
+    return Prompts.encode(model, essence, constraint, settings.batch_size) if essence else None
+
+
+@torch.no_grad()
+def _updates(
+    model: VisionLanguageModel,
+    places: Sequence[DownProjection],
+    about: Prompts,
+    value: Value,
+    ordinary: Mapping[int, Tensor],
+    settings: EditSettings,
+) -> tuple[tuple[LayerChange, ...], list[float]]:
+    """Make the updates from the first layer to the last, each on the model with those before it."""
+    changes: list[LayerChange] = []
+    landed: list[float] = []
+    before = about.at_ends(model, [_stream(places)])[_stream(places)].mean(0)
+    if len(places) > 1:
+        _check_additive(model, places, about)
+    with _restored(places):
+        for number, place in enumerate(places):
+            found = about.at_ends(model, [place.key_hook, _stream(places)])
+            remaining = value.change - (found[_stream(places)].mean(0) - before)
+            key = found[place.key_hook].mean(0)
+            update = rank_one_update(
+                remaining / (len(places) - number),
+                key,
+                damping=settings.damping * float(key @ key),
+                ordinary=_on(ordinary.get(place.layer), key),
+                ridge=settings.ridge,
+            )
+            weight = place.module.weight
+            change = RankOneChange(
+                path=place.path,
+                layer=place.layer,
+                fingerprint=fingerprint(weight),
+                update=update._replace(left=update.left.cpu(), right=update.right.cpu()),
+            )
+            new = change.new_weight(weight)
+            landed.append(_landed(weight, new, key, change, place))
+            weight.copy_(new)
+            changes.append(change)
+    return tuple(changes), landed
+
+
+def _stream(places: Sequence[DownProjection]) -> str:
+    """Where layers before the last one are seen to have done their part."""
+    return f"blocks.{places[-1].layer}.hook_resid_post"
+
+
+def _check_additive(model: VisionLanguageModel, places: Sequence[DownProjection], about: Prompts) -> None:
+    """Several layers share a change only where what an MLP writes is added to the stream as it is."""
+    for place in places:
+        names = [place.value_hook, f"blocks.{place.layer}.hook_mlp_out"]
+        found = about.at_ends(model, names)
+        if not torch.allclose(found[names[0]], found[names[1]], rtol=1e-2, atol=1e-3):
+            raise EditError(
+                f"blocks.{place.layer} changes its MLP's output before it adds it to the residual stream (a norm, "
+                "perhaps), so that layers cannot share a change; give one layer."
+            )
+
+
+def _landed(weight: Tensor, new: Tensor, key: Tensor, change: LayerChange, place: DownProjection) -> float:
+    """How much of the wanted change of the output the rounded weight makes; warns where it is not most of it."""
+    wanted = change.difference(weight.device) @ key
+    real = (new.float() - weight.float()) @ key
+    if not float(wanted.norm()):
+        return 1.0
+    missed = float((real - wanted).norm() / wanted.norm())
+    share = float((real @ wanted) / (wanted @ wanted))
+    if missed > SWALLOWED:
+        warnings.warn(
+            f"{weight.dtype} swallows the edit of {place.path}: {missed:.0%} of the wanted change of its output is lost "
+            "in rounding the weights. Load the model with dtype='float32', or allow a longer change (clamp).",
+            UserWarning,
+            stacklevel=4,
+        )
+    return share
+
+
+def _warn_of_clamp(value: Value, settings: EditSettings) -> None:
+    if value.clamped and value.probability < 0.5:
+        warnings.warn(
+            f"the clamp of {settings.clamp:g} holds the value back: with it, the target's probability is "
+            f"{value.probability:.3g} ({value.probability_before:.3g} before). Give a larger clamp, or None.",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+@contextmanager
+def _restored(places: Sequence[DownProjection]) -> Iterator[None]:
+    kept = [place.module.weight.detach().clone() for place in places]
+    try:
+        yield
+    finally:
+        for place, weight in zip(places, kept, strict=True):
+            place.module.weight.copy_(weight)
+
+
+def _on(keys: Tensor | None, like: Tensor) -> Any:  # noqa: ANN401 - a tensor or None
+    return None if keys is None else keys.to(like.device)
