@@ -1,4 +1,4 @@
-"""Any-resolution tiles: a base view of the whole picture, and a canvas cut into tiles, as in LLaVA-NeXT and after it."""
+"""Any-resolution tiles: a base view of the whole picture, and a canvas cut into tiles, as in LLaVA-NeXT and later."""
 
 from __future__ import annotations
 

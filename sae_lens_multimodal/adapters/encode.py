@@ -122,6 +122,7 @@ def build_layout(
             start += len(part)
             modality[row, at], boxes[row, at], tile[row, at] = part.modality, part.boxes, part.tile
             image_index[row, at] = index
+            _claim_between(at, index, modality[row], image_index[row])
         _place_markers(family, ids[row], places, modality[row], image_index[row])
         notes.append(tuple(part.inexact for part in parts))
     return TokenLayout(
@@ -132,6 +133,16 @@ def build_layout(
         image_sizes=tuple(tuple(picture.size for picture in pictures) for pictures in images),
         inexact=tuple(notes),
     )
+
+
+def _claim_between(
+    at: np.ndarray[Any, Any], index: int, modality: np.ndarray[Any, Any], image_index: np.ndarray[Any, Any]
+) -> None:
+    """Give a picture what its processor writes between its patches: ordinary words there are line breaks of tiles."""
+    if len(at):
+        between = np.setdiff1d(np.arange(at[0], at[-1]), at)
+        modality[between[modality[between] == Modality.TEXT]] = Modality.NEWLINE
+        image_index[between] = index
 
 
 def _place_markers(
@@ -146,8 +157,9 @@ def _place_markers(
         found = np.flatnonzero((ids == token) & (modality != Modality.PADDING))
         modality[found] = kind
         if len(places) and len(found):
-            nearest = places[np.abs(found[:, None] - places[None, :]).argmin(axis=1)]
-            image_index[found] = image_index[nearest]
+            # of two that are as near, what is in front of a patch names it
+            distance = np.abs(found[:, None] - places[None, ::-1])
+            image_index[found] = image_index[places[::-1][distance.argmin(axis=1)]]
 
 
 def special_ids(tokenizer: Any) -> list[int]:  # noqa: ANN401 - any transformers tokenizer

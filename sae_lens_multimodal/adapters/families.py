@@ -30,6 +30,22 @@ def llava_next() -> type[Family]:
     return LlavaNext
 
 
+@family("llava_next_video")
+def llava_next_video() -> type[Family]:
+    """LLaVA-NeXT-Video, for pictures."""
+    from sae_lens_multimodal.adapters.llava_next_video import LlavaNextVideo
+
+    return LlavaNextVideo
+
+
+@family("llava_onevision")
+def llava_onevision() -> type[Family]:
+    """LLaVA-OneVision."""
+    from sae_lens_multimodal.adapters.llava_onevision import LlavaOnevision
+
+    return LlavaOnevision
+
+
 @family("qwen2_vl")
 def qwen2_vl() -> type[Family]:
     """Qwen2-VL."""
@@ -68,3 +84,11 @@ def smolvlm() -> type[Family]:
     from sae_lens_multimodal.adapters.smolvlm import SmolVlm
 
     return SmolVlm
+
+
+@family("internvl")
+def internvl() -> type[Family]:
+    """InternVL 2.5, 3 and 3.5, as ported to transformers."""
+    from sae_lens_multimodal.adapters.internvl import InternVl
+
+    return InternVl

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -16,7 +16,6 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.idefics3.image_processing_pil_idefics3 import get_resize_output_image_size
 
 from sae_lens_multimodal.adapters.family import Family, ImageTokens
-from sae_lens_multimodal.adapters.grid import before_resize, boxes_of, grid_edges, join_views, patches_of_view
 from sae_lens_multimodal.adapters.hook_points import HookPoint, Part
 from sae_lens_multimodal.adapters.modules import (
     UNEMBEDDING,
@@ -33,6 +32,7 @@ from sae_lens_multimodal.adapters.random_models import (
     tiny_tower,
     word_tokenizer,
 )
+from sae_lens_multimodal.adapters.tiles import Tile
 from sae_lens_multimodal.errors import LayoutError
 from sae_lens_multimodal.types import Modality
 
@@ -104,8 +104,7 @@ class IdeficsTiles(Family):
                 f"writes {self.processor.image_seq_len} tokens for each; load model and processor from one checkpoint."
             )
         longest = int(images.size["longest_edge"]) if images.do_resize else None
-        view = _View(tile, side, patch * merge)
-        return _image_tokens(width, height, longest, bool(images.do_image_splitting), view)
+        return _image_tokens(width, height, longest, bool(images.do_image_splitting), Tile(tile, side, patch * merge))
 
     def media_rows(self, inputs: Mapping[str, Any]) -> int:
         """Return the number of tiles of all pictures, without those that only fill up the batch."""
@@ -141,15 +140,8 @@ def _filled(tiles: Tensor, count: int) -> Tensor:
 
 
 @lru_cache(maxsize=256)
-def _image_tokens(width: int, height: int, longest: int | None, split: bool, view: _View) -> ImageTokens:
-    rows, columns = _tiles(width, height, longest, view.tile) if split else (1, 1)
-    tiles = [
-        view.tokens(width, height, (row, rows), (column, columns), 1 + row * columns + column)
-        for row in range(rows)
-        for column in range(columns)
-        if rows * columns > 1
-    ]
-    return join_views(*tiles, view.tokens(width, height, (0, 1), (0, 1), 0))
+def _image_tokens(width: int, height: int, longest: int | None, split: bool, tile: Tile) -> ImageTokens:
+    return tile.of_picture(width, height, *(_tiles(width, height, longest, tile.size) if split else (1, 1)))
 
 
 def _tiles(width: int, height: int, longest: int | None, tile: int) -> tuple[int, int]:
@@ -164,24 +156,6 @@ def _tiles(width: int, height: int, longest: int | None, tile: int) -> tuple[int
         return math.ceil(int(columns * tile / aspect) / tile), columns
     rows = math.ceil(height / tile)
     return rows, math.ceil(int(rows * tile * aspect) / tile)
-
-
-class _View(NamedTuple):
-    tile: int
-    """Side of a tile in pixels."""
-    side: int
-    """Tokens along one side of it; what their blocks of patches leave over is seen by no token."""
-    block: int
-    """Side of such a block in pixels."""
-
-    def tokens(
-        self, width: int, height: int, row: tuple[int, int], column: tuple[int, int], number: int
-    ) -> ImageTokens:
-        """Return the tokens of a tile, given the number of its row and how many there are, and likewise its column."""
-        edges = grid_edges(self.side, self.block)
-        y = before_resize(edges + row[0] * self.tile, height, row[1] * self.tile)
-        x = before_resize(edges + column[0] * self.tile, width, column[1] * self.tile)
-        return patches_of_view(boxes_of(y, x, width, height).reshape(-1, 4), number)
 
 
 def tiny_idefics(

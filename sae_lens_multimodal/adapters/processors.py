@@ -19,17 +19,14 @@ def picture_processor(processor_class: type[Any]) -> Any:  # noqa: ANN401 - a cl
 
 @cache
 def without_video(processor_class: type[Any]) -> type[Any]:
-    """Return the same processor class without its video part, under the same name so that what it saves is the same."""
+    """Return the same processor class without its video part, under the same name so that what it saves is the same.
 
-    def __init__(
-        self: Any,  # noqa: ANN401
-        image_processor: Any = None,  # noqa: ANN401
-        tokenizer: Any = None,  # noqa: ANN401
-        chat_template: str | None = None,
-        **kwargs: Any,  # noqa: ANN401
-    ) -> None:
-        processor_class.__init__(self, image_processor, tokenizer, None, chat_template=chat_template, **kwargs)
+    It takes and saves what the class itself does; the class must take its image part and tokenizer first.
+    """
 
-    return type(
-        processor_class.__name__, (processor_class,), {"__init__": __init__, "__doc__": processor_class.__doc__}
-    )
+    def get_attributes(cls: type[Any]) -> list[str]:
+        parts: list[str] = processor_class.get_attributes()
+        return [name for name in parts if name != "video_processor"]
+
+    added = {"get_attributes": classmethod(get_attributes), "__doc__": processor_class.__doc__}
+    return type(processor_class.__name__, (processor_class,), added)

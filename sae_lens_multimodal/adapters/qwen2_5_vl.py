@@ -9,6 +9,7 @@ import torch
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
 from transformers.vision_utils import get_vision_window_index
 
+from sae_lens_multimodal.adapters.family import Released
 from sae_lens_multimodal.adapters.hook_points import BlockModules
 from sae_lens_multimodal.adapters.processors import picture_processor
 from sae_lens_multimodal.adapters.qwen_vision import QwenVision, tiny_qwen, with_gated_mlp
@@ -24,6 +25,17 @@ class Qwen25Vl(QwenVision):
     """
 
     model_type: ClassVar[str] = "qwen2_5_vl"
+    released: ClassVar[tuple[Released, ...]] = (
+        Released(
+            names=(
+                "Qwen/Qwen2.5-VL-3B-Instruct",
+                "Qwen/Qwen2.5-VL-7B-Instruct",
+                "Qwen/Qwen2.5-VL-32B-Instruct",
+                "Qwen/Qwen2.5-VL-72B-Instruct",
+            ),
+            structure={"patch_size": 14, "min_pixels": 56 * 56, "max_pixels": 3584 * 3584, "window_size": 112},
+        ),
+    )
 
     def vision_block(self) -> BlockModules:
         """Return the modules of a block of the vision tower."""

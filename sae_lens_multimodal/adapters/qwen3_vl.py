@@ -10,6 +10,7 @@ import torch
 from transformers import Qwen3VLForConditionalGeneration, Qwen3VLProcessor
 from transformers.vision_utils import get_vision_interpolation_indices_and_weights
 
+from sae_lens_multimodal.adapters.family import Released
 from sae_lens_multimodal.adapters.hook_points import BlockModules, HookPoint, Part
 from sae_lens_multimodal.adapters.processors import picture_processor
 from sae_lens_multimodal.adapters.qwen_vision import VISION, QwenVision, tiny_qwen
@@ -25,6 +26,17 @@ class Qwen3Vl(QwenVision):
     """
 
     model_type: ClassVar[str] = "qwen3_vl"
+    released: ClassVar[tuple[Released, ...]] = (
+        Released(
+            names=(
+                "Qwen/Qwen3-VL-2B-Instruct",
+                "Qwen/Qwen3-VL-4B-Instruct",
+                "Qwen/Qwen3-VL-8B-Instruct",
+                "Qwen/Qwen3-VL-32B-Instruct",
+            ),
+            structure={"patch_size": 16, "min_pixels": 256 * 256, "max_pixels": 4096 * 4096},
+        ),
+    )
 
     def vision_block(self) -> BlockModules:
         """Return the modules of a block of the vision tower."""

@@ -1,4 +1,4 @@
-"""What the Qwen-VL families share: patches packed in one sequence, merged in blocks, and positions in three dimensions."""
+"""What the Qwen-VL families share: packed patches, merged in blocks, and positions in three dimensions."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sae_lens_multimodal.adapters.family import Family, ImageTokens
 from sae_lens_multimodal.adapters.hook_points import BlockModules, HookPoint, Part, block_parts
 from sae_lens_multimodal.adapters.modules import LANGUAGE, RMS_NORMALIZED, embedding_hook, language_hooks, llama_block
 from sae_lens_multimodal.adapters.processors import without_video
-from sae_lens_multimodal.adapters.random_models import CHAT_TEMPLATE, CONTROL, finished, tiny_llama, word_tokenizer
+from sae_lens_multimodal.adapters.random_models import CHAT_TEMPLATE, CONTROL, finished, tiny_text, word_tokenizer
 from sae_lens_multimodal.errors import LayoutError
 from sae_lens_multimodal.types import Modality
 
@@ -63,8 +63,8 @@ class QwenVision(Family):
         images, vision = self.processor.image_processor, self.config.vision_config
         if (images.patch_size, images.merge_size) != (vision.patch_size, vision.spatial_merge_size):
             raise LayoutError(
-                f"the image processor makes patches of {images.patch_size} pixels in blocks of {images.merge_size}, the "
-                f"model expects {vision.patch_size} and {vision.spatial_merge_size}; load them from one checkpoint."
+                f"the image processor makes patches of {images.patch_size} pixels in blocks of {images.merge_size}, "
+                f"the model expects {vision.patch_size} and {vision.spatial_merge_size}; load them from one checkpoint."
             )
         limits = (images.size["shortest_edge"], images.size["longest_edge"]) if images.do_resize else None
         return _image_tokens(width, height, int(images.patch_size) * int(images.merge_size), limits)
@@ -211,13 +211,13 @@ def tiny_qwen(
     """
     tokenizer = word_tokenizer((*CONTROL, "<vision_start>", "<vision_end>"))
     image, start, end = tokenizer.convert_tokens_to_ids(["<image>", "<vision_start>", "<vision_end>"])
-    text = tiny_llama(tokenizer).to_dict()
-    settings = {name: text[name] for name in _TEXT_SETTINGS} | {
+    text = tiny_text(tokenizer)
+    text |= {
         "head_dim": text["hidden_size"] // text["num_attention_heads"],
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 2, 2]},
     }
     config = model_class.config_class(
-        text_config=settings,
+        text_config=text,
         vision_config={"depth": 2, "num_heads": 2, "patch_size": patch_size} | dict(vision),
         image_token_id=image,
         video_token_id=tokenizer.unk_token_id,
@@ -231,17 +231,3 @@ def tiny_qwen(
         chat_template=CHAT_TEMPLATE.replace("<image> ", "<vision_start><image><vision_end> "),
     )
     return finished(model_class(config), tokenizer, seed), processor
-
-
-_TEXT_SETTINGS = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "max_position_embeddings",
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
-)

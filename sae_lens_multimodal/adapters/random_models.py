@@ -61,24 +61,26 @@ def randomise(module: torch.nn.Module, seed: int) -> None:
         parameter.data = 1.0 + 0.2 * noise if is_scale else noise * (parameter.shape[-1] ** -0.5)
 
 
+def tiny_text(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    """Return the settings of a language model with two small blocks and grouped heads, as most families spell them."""
+    return {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 48,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 2048,
+        "rms_norm_eps": 1e-5,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+
+
 def tiny_llama(tokenizer: PreTrainedTokenizerFast, *, kind: str = "llama", **settings: Any) -> Any:  # noqa: ANN401
     """Return the configuration of a Llama, or its like, with two small blocks and grouped heads, `settings` on top."""
-    return CONFIG_MAPPING[kind](
-        **{
-            "vocab_size": len(tokenizer),
-            "hidden_size": 48,
-            "intermediate_size": 64,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 2048,
-            "rms_norm_eps": 1e-5,
-            "bos_token_id": tokenizer.bos_token_id,
-            "eos_token_id": tokenizer.eos_token_id,
-            "pad_token_id": tokenizer.pad_token_id,
-        }
-        | settings
-    )
+    return CONFIG_MAPPING[kind](**(tiny_text(tokenizer) | settings))
 
 
 def tiny_tower(side: int = 48, patch: int = 8, **settings: Any) -> dict[str, Any]:  # noqa: ANN401 - transformers' own

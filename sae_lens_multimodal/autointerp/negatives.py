@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
-from PIL import Image
 
 from sae_lens_multimodal.autointerp.regions import Region, crop, find_regions, silent_region
 from sae_lens_multimodal.errors import FeatureError
+from sae_lens_multimodal.features.neighbours import nearest_directions
 
 if TYPE_CHECKING:
     from sae_lens import SAE
 
     from sae_lens_multimodal.autointerp.styles import RegionStyle
+    from sae_lens_multimodal.features.embedding import Embed
     from sae_lens_multimodal.features.example import Example
     from sae_lens_multimodal.features.store import FeatureStore
-
-Embed: TypeAlias = Callable[[Sequence[Image.Image]], Float[np.ndarray, "n d"]]
-"""Gives one vector for each picture."""
 
 TRIED_REGIONS = 4
 """So many regions of a silent picture are compared with those where the feature fires."""
@@ -48,7 +45,7 @@ class HardNegatives:
         store: the features and their examples.
         threshold: share of an example's strongest activation from which on a patch belongs to a region.
         neighbours: of each feature the features with the nearest decoder directions, nearest first, as
-            `decoder_neighbours` gives them; without them there are none of the second kind.
+            `decoder_neighbours` gives them; None for those of the store, if its features were described.
         embed: what makes pictures comparable; without it regions with much detail are taken.
     """
 
@@ -62,7 +59,7 @@ class HardNegatives:
     ) -> None:
         self.store = store
         self.threshold = threshold
-        self.neighbours = neighbours or {}
+        self.neighbours = neighbours
         self.embed = embed
 
     def find(
@@ -106,7 +103,7 @@ class HardNegatives:
     def _of_neighbours(self, feature: int, firing: Sequence[Example], silent: Sequence[Example]) -> list[Place]:
         own = {one.prompt_id: one for one in (*silent, *firing)}
         found = []
-        for other in self.neighbours.get(feature, ()):
+        for other in self._neighbours_of(feature):
             for example in self._firing_examples(other):
                 mine = own.get(example.prompt_id)
                 region = next(iter(find_regions(example, threshold=self.threshold)), None)
@@ -114,6 +111,12 @@ class HardNegatives:
                     found.append(Place(example, region, "neighbour"))
                     del own[example.prompt_id]
         return found
+
+    def _neighbours_of(self, feature: int) -> Sequence[int]:
+        if self.neighbours is not None:
+            return self.neighbours.get(feature, ())
+        described = self.store.description(feature)
+        return [] if described is None else [one.feature for one in described.neighbours]
 
     def _firing_examples(self, feature: int) -> list[Example]:
         try:
@@ -190,11 +193,6 @@ def decoder_neighbours(sae: SAE, features: Iterable[int], *, count: int = 4) -> 
         features: which.
         count: how many neighbours of each.
     """
-    directions = sae.W_dec.detach().float()
-    directions = directions / directions.norm(dim=1, keepdim=True).clamp(min=1e-12)
-    found: dict[int, list[int]] = defaultdict(list)
-    for feature in features:
-        nearness = directions @ directions[feature]
-        nearness[feature] = -2.0
-        found[feature] = nearness.topk(min(count, len(nearness) - 1)).indices.tolist()
-    return dict(found)
+    chosen = list(features)
+    near = nearest_directions(sae, chosen, count=count)
+    return dict(zip(chosen, near.features.tolist(), strict=True))

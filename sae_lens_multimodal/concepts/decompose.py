@@ -59,7 +59,9 @@ def pca(states: Float[Tensor, "n d"], k: int, *, seed: int = 0) -> Factors:
         ConfigError: scikit-learn is not installed.
     """
     if not 1 <= k <= min(states.shape):
-        raise ConfigError(f"Got k={k} for states of the shape {tuple(states.shape)}; expected 1 to {min(states.shape)}.")
+        raise ConfigError(
+            f"Got k={k} for states of the shape {tuple(states.shape)}; expected 1 to {min(states.shape)}."
+        )
     fitted = _sklearn("decomposition").PCA(k, random_state=seed).fit(states.cpu().double().numpy())
     concepts = torch.from_numpy(fitted.components_).to(states)
     mean = torch.from_numpy(fitted.mean_).to(states)

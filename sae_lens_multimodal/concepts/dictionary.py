@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -90,13 +89,21 @@ class ConceptDictionary:
         from sae_lens_multimodal.hooks.saes import encode_tokens
 
         if self.sae is None or self.features is None:
-            raise ConfigError("These concepts are features of an SAE; load them with ConceptDictionary.load(..., sae=).")
+            raise ConfigError(
+                "These concepts are features of an SAE; load them with ConceptDictionary.load(..., sae=)."
+            )
         return encode_tokens(self.sae, states, features=self.features).to(self.concepts.dtype)
 
     def decode(self, activations: Float[Tensor, "n k"]) -> Float[Tensor, "n d"]:
         """Add up the concepts."""
         rebuilt = activations @ self.concepts.to(activations.device)
         return rebuilt if self.bias is None else rebuilt + self.bias.to(activations.device)
+
+    def one_sided(self, activations: Float[Tensor, "n k"]) -> tuple[Float[Tensor, "k2 d"], Float[Tensor, "n k2"]]:
+        """Concepts and activations of at least 0: a principal component counts as two, one for each end."""
+        if self.method != "pca":
+            return self.concepts, activations
+        return torch.cat([self.concepts, -self.concepts]), torch.cat([activations, -activations], dim=1).clamp_min(0)
 
     def words(
         self, model: VisionLanguageModel, n: int = 10, *, min_letters: int | None = None
@@ -222,7 +229,7 @@ def find_concepts(
 ) -> ConceptDictionary:
     """Find the concepts that states are made of (arXiv 2406.08074).
 
-    - `"semi_nmf"`: min ½‖Z - VU‖² + α ΣV, V ≥ 0, ‖u_k‖ ≤ 1; the paper's choice.
+    - `"semi_nmf"`: min ½‖Z - VU‖² + alpha ΣV, V ≥ 0, ‖u_k‖ ≤ 1; the paper's choice.
     - `"dictionary_learning"`: the same by scikit-learn.
     - `"pca"`, `"kmeans"`: by scikit-learn.
     - `"simple"`: the k longest states; `"random"`: k states drawn at random. Activations by non-negative least squares.
@@ -233,7 +240,7 @@ def find_concepts(
         k: Concepts.
         method: How.
         seed: Of everything random.
-        sparsity: α of the first two, in units of the states' mean length. At 0 the concepts are not determined: any
+        sparsity: alpha of the first two, in units of the states' mean length. At 0 the concepts are not determined: any
             cone that holds the states fits them as well.
         n_starts: How often Semi-NMF begins anew; the best counts.
         sae: For `"sae"`.
@@ -263,8 +270,3 @@ def find_concepts(
         return found
     named: dict[str, Any] = {"word": states.word, "hook_name": states.hook_name, "model_name": states.model_name}
     return replace(found, rows=tuple(states.rows), **named)
-
-
-def names_of(concepts: Sequence[int], words: Sequence[Sequence[tuple[str, float]]], n: int = 5) -> list[str]:
-    """Write the first words of some concepts behind one another, as a text that can be compared with a caption."""
-    return [" ".join(word for word, _ in words[concept][:n]) for concept in concepts]

@@ -29,7 +29,7 @@ class Factors:
 def objective(
     states: Float[Tensor, "n d"], concepts: Float[Tensor, "k d"], activations: Float[Tensor, "n k"], alpha: float
 ) -> float:
-    """½‖Z - VU‖² + α ΣV.
+    """½‖Z - VU‖² + alpha ΣV.
 
     >>> objective(torch.tensor([[2.0, 0.0]]), torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0]]), 0.5)
     1.0
@@ -50,7 +50,7 @@ def semi_nmf(
     tolerance: float = 1e-5,
     n_sweeps: int = 2,
 ) -> Factors:
-    """Minimise ½‖Z - VU‖² + α ΣV with V ≥ 0 and ‖u_k‖ ≤ 1 (arXiv 2406.08074).
+    """Minimise ½‖Z - VU‖² + alpha ΣV with V ≥ 0 and ‖u_k‖ ≤ 1 (arXiv 2406.08074).
 
     Rounds of two halves, neither of which can make it worse: V by sweeps of coordinate descent, which need only ZUᵀ and
     UUᵀ; then each concept by its optimum in the unit ball, which needs only VᵀZ and VᵀV (as in online dictionary
@@ -106,7 +106,7 @@ def _from_one_start(
 
 
 def _objective_of(square: float, scores: Tensor, gram: Tensor, codes: Tensor, alpha: float) -> float:
-    """The objective without Z: ½(‖Z‖² - 2⟨V, ZUᵀ⟩ + ⟨VᵀV, UUᵀ⟩) + α ΣV."""
+    """The objective without Z: ½(‖Z‖² - 2⟨V, ZUᵀ⟩ + ⟨VᵀV, UUᵀ⟩) + alpha ΣV."""
     v = codes.double()
     fit = 0.5 * ((v.T @ v) * gram.double()).sum() - (v * scores.double()).sum()
     return 0.5 * square + float(fit + alpha * v.sum())

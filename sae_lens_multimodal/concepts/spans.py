@@ -172,6 +172,4 @@ def _matched(tokenizer: Any, plain: Sequence[int], given: Sequence[int]) -> dict
     own = [index for index, token in enumerate(plain) if token not in special]
     there = [index for index, token in enumerate(given) if token not in special]
     matcher = SequenceMatcher(None, [plain[i] for i in own], [given[i] for i in there], autojunk=False)
-    return {
-        own[block.a + k]: there[block.b + k] for block in matcher.get_matching_blocks() for k in range(block.size)
-    }
+    return {own[block.a + k]: there[block.b + k] for block in matcher.get_matching_blocks() for k in range(block.size)}

@@ -16,7 +16,14 @@ from torch import Tensor
 
 from sae_lens_multimodal.data.skips import SkipReport
 from sae_lens_multimodal.errors import DatasetError, StoreError
-from sae_lens_multimodal.files import MANIFEST_NAME, read_json, read_manifest, write_atomically, write_json, write_manifest
+from sae_lens_multimodal.files import (
+    MANIFEST_NAME,
+    read_json,
+    read_manifest,
+    write_atomically,
+    write_json,
+    write_manifest,
+)
 
 STATES_KIND = "concept_states"
 PROGRESS_KIND = "concept_states_in_progress"

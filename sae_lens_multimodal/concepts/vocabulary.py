@@ -44,8 +44,8 @@ def convention_of(tokenizer: Any) -> Convention:  # noqa: ANN401 - any transform
 def as_word(tokenizer: Any, token_id: int, min_letters: int | None = None) -> str | None:  # noqa: ANN401
     """A token as a word; None where it is none.
 
-    Tokens that go on with a word are none by the tokenizer's own convention (`▁`, `Ġ` or `##`), but for scripts that put
-    no blanks between words; nor are numbers, signs, control tokens, and bytes of letters.
+    Tokens that go on with a word are none by the tokenizer's own convention (`▁`, `Ġ` or `##`), but for scripts that
+    put no blanks between words; nor are numbers, signs, control tokens, and bytes of letters.
 
     Args:
         tokenizer: any transformers tokenizer.

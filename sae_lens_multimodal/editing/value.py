@@ -105,15 +105,32 @@ class Objective:
         target: Sequence[int],
         essence: Prompts | None = None,
         essence_weight: float = 0.0,
+        *,
+        whole_layer: bool = False,
     ) -> None:
-        """Run every batch once, up to the layer and beyond."""
+        """Run every batch once, up to the layer and beyond.
+
+        Args:
+            model: the model.
+            place: the linear layer.
+            prompts: those that are to be answered with the target.
+            target: its tokens.
+            essence: prompts whose next token is to stay.
+            essence_weight: of their KL divergence.
+            whole_layer: whether the caller will rewrite the layer at all tokens.
+        """
         device = next(model._module.parameters()).device
         self.ids = torch.tensor(list(target), device=device)
         self._module: nn.Linear = place.module
         self._prompts, self._kept_ends = prompts, essence.ends if essence is not None else []
         longer = [append_tokens(model, one, target[:-1]) if len(target) > 1 else one for one in prompts.batches]
-        self._tails = [Tail(model, batch, place.layer, len(target)) for batch in longer]
-        self._kept = [Tail(model, batch, place.layer, 1) for batch in (essence.batches if essence is not None else [])]
+        layer, whole = place.layer, whole_layer
+        self._tails = [
+            Tail(model, batch, layer, len(target), first_change=0 if whole else int(ends.min()))
+            for batch, ends in zip(longer, prompts.ends, strict=True)
+        ]
+        kept = [] if essence is None else zip(essence.batches, essence.ends, strict=True)
+        self._kept = [Tail(model, one, layer, 1, first_change=0 if whole else int(ends.min())) for one, ends in kept]
         self._weight = essence_weight
         self._rows = sum(len(ends) for ends in prompts.ends)
 
@@ -146,7 +163,7 @@ class Objective:
     def _logits(self, tail: Tail, ends: Tensor, change: Tensor | None) -> Tensor:
         if change is None:
             return tail.logits()
-        with rewritten(self._module, added_at(ends, change)):
+        with rewritten(self._module, added_at(ends - tail.offset, change)):
             return tail.logits()
 
     def _log_probability(self, logits: Tensor) -> Tensor:

@@ -44,8 +44,12 @@ def priorities(seed: int, keys: Int64[Tensor, "n"], features: Int64[Tensor, "m"]
     Whoever keeps the k smallest priorities of a stream keeps a uniform sample of its distinct keys, without any
     generator state (bottom-k sampling; Cohen and Kaplan 2007).
     """
-    mixed = keys[:, None] * _GOLDEN + _mix(features[None, :] * 2 + 1 + (seed << 20))
-    return _mix(mixed) & _MASK
+    return priorities_of(seed, keys[:, None], features[None, :])
+
+
+def priorities_of(seed: int, keys: Int64[Tensor, "*#n"], features: Int64[Tensor, "*#n"]) -> Int64[Tensor, "*n"]:
+    """The same, of keys and features side by side."""
+    return _mix(keys * _GOLDEN + _mix(features * 2 + 1 + (seed << 20))) & _MASK
 
 
 def _mix(x: Tensor) -> Tensor:

@@ -43,7 +43,7 @@ class BestLists:
     def update(
         self, weight: Shaped[Tensor, "batch rows"], prompt: Int64[Tensor, "batch"], key: Int64[Tensor, "batch"]
     ) -> Bool[Tensor, "batch rows"]:
-        """Offer a batch of prompts to every list.
+        """Offer a batch of prompts to every list; `offer` is for when few prompts qualify for a list.
 
         Args:
             weight: Of every prompt in every list; 0 or less does not qualify.
@@ -54,48 +54,66 @@ class BestLists:
             Which prompts are now in which lists.
         """
         admitted = torch.zeros_like(weight, dtype=torch.bool)
-        if not self.length:
-            return admitted
-        open_rows = (weight > self.weight[:, -1].clamp(min=0)).any(0).nonzero().squeeze(1)
-        for rows in torch.split(open_rows, _ROWS_AT_ONCE):
-            source = self._merge(rows, weight[:, rows].T, prompt, key)
-            place, column = (source >= 0).nonzero(as_tuple=True)
-            admitted[source[place, column], rows[place]] = True
+        place, row = (weight > 0).nonzero(as_tuple=True)
+        admitted[place, row] = self.offer(place, row, weight[place, row], prompt, key)
         return admitted
 
-    def _merge(
+    def offer(
         self,
-        rows: Int64[Tensor, "n"],
-        weight: Shaped[Tensor, "n batch"],
+        place: Int64[Tensor, "offers"],
+        row: Int64[Tensor, "offers"],
+        weight: Shaped[Tensor, "offers"],
         prompt: Int64[Tensor, "batch"],
         key: Int64[Tensor, "batch"],
-    ) -> Int64[Tensor, "n length"]:
-        """Merge candidates into some rows; returns which candidate now stands where, -1 for what stood before."""
-        n, batch = weight.shape
-        old = torch.full((n, self.length), -1, dtype=torch.int64, device=weight.device)
-        weights = torch.cat([self.weight[rows], weight.clamp(min=0)], 1)
-        keys = torch.cat([self.key[rows], key.expand(n, batch)], 1)
-        prompts = torch.cat([self.prompt[rows], prompt.expand(n, batch)], 1)
-        sources = torch.cat([old, torch.arange(batch, device=weight.device).expand(n, batch)], 1)
-        order = _best_first(weights, keys)[:, : self.length]
-        weights, keys, prompts, sources = (part.gather(1, order) for part in (weights, keys, prompts, sources))
-        vacant = weights <= 0
-        self.weight[rows] = weights
-        self.key[rows] = keys.masked_fill(vacant, -1)
-        self.prompt[rows] = prompts.masked_fill(vacant, -1)
-        return sources.masked_fill(vacant, -1)
+    ) -> Bool[Tensor, "offers"]:
+        """Offer prompts of a batch to some lists.
 
+        The cost is that of the offers that are good enough, not of the lists: each prompt is put at its place in the
+        rows it is offered to, one prompt after the other.
 
-def _best_first(weights: Shaped[Tensor, "n m"], keys: Int64[Tensor, "n m"]) -> Int64[Tensor, "n m"]:
-    """Order by falling weight, ties as they come; sets the weight of all but the best of each key to 0 (in place).
+        Args:
+            place: Which prompt of the batch is offered, ascending.
+            row: To which list; a prompt to each at most once.
+            weight: With which weight, above 0.
+            prompt: Prompt ids of the batch, larger than all before.
+            key: Keys of their pictures.
 
-    >>> weights = torch.tensor([[5.0, 9.0, 7.0, 8.0]])
-    >>> _best_first(weights, torch.tensor([[1, 2, 2, 3]])).tolist(), weights.tolist()
-    ([[1, 3, 0, 2]], [[5.0, 9.0, 0.0, 8.0]])
-    """
-    order = weights.sort(dim=1, descending=True, stable=True).indices
-    by_key = keys.gather(1, order).sort(dim=1, stable=True)
-    repeated = by_key.values[:, 1:] == by_key.values[:, :-1]
-    place = order.gather(1, by_key.indices[:, 1:])
-    weights.scatter_(1, place, weights.gather(1, place).masked_fill(repeated, 0))
-    return weights.sort(dim=1, descending=True, stable=True).indices
+        Returns:
+            Which offers are now in their lists.
+        """
+        admitted = torch.zeros_like(place, dtype=torch.bool)
+        if not self.length or not len(place):
+            return admitted
+        start = 0
+        for index, count in enumerate(torch.bincount(place, minlength=len(prompt)).tolist()):
+            mine = torch.arange(start, start + count, device=place.device)
+            start += count
+            for part in torch.split(mine, _ROWS_AT_ONCE):
+                good = part[weight[part] > self.weight[row[part], -1]]
+                admitted[good[self._insert(row[good], weight[good], prompt[index], key[index])]] = True
+        # A later prompt of the batch may have pushed an earlier one out.
+        there = admitted.nonzero().squeeze(1)
+        admitted[there] = (self.prompt[row[there]] == prompt[place[there], None]).any(1)
+        return admitted
+
+    def _insert(
+        self, rows: Int64[Tensor, "n"], weight: Shaped[Tensor, "n"], prompt: Int64[Tensor, ""], key: Int64[Tensor, ""]
+    ) -> Bool[Tensor, "n"]:
+        """Put one prompt into rows where it beats the last place; says where its picture was not there as strongly."""
+        weights, keys, prompts = self.weight[rows], self.key[rows], self.prompt[rows]
+        column = torch.arange(self.length, device=rows.device)
+        at = (weights >= weight[:, None]).sum(1, keepdim=True)
+        # What drops out: the weaker prompt of the same picture, else the last.
+        same = keys == key
+        out = torch.where(same, column, self.length - 1).amin(1, keepdim=True)
+        better = (at <= out).squeeze(1)
+        source = torch.where((column > at) & (column <= out), column - 1, column)
+        new = column == at
+        for held, values, offered in (
+            (self.weight, weights, weight[:, None]),
+            (self.key, keys, key),
+            (self.prompt, prompts, prompt),
+        ):
+            moved = torch.where(new, offered, values.gather(1, source))
+            held[rows] = torch.where(better[:, None], moved, values)
+        return better

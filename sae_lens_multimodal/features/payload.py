@@ -56,7 +56,7 @@ class Firings:
         parts = (
             prompt[row] * batch.n_features + feature,
             measures.peak[row, :, feature],
-            measures.mean[row, :, feature],
+            measures.mean_at(row, slice(None), feature),
             count,
             batch.position[kept],
             batch.value[kept],
@@ -106,7 +106,8 @@ class Payload:
 
     def sweep(self, live: Int64[Tensor, "live"]) -> Firings:
         """Drop the pairs that are not in `live` (ascending), and give what is left, in order."""
-        kept = Firings.joined([part.only(live) for part in self._parts])
+        parts, self._parts = self._parts[::-1], []
+        kept = Firings.joined([parts.pop().only(live) for _ in range(len(parts))])
         self._parts, self._entries = [kept], len(kept.position)
         self._limit = 2 * self._entries + _SLACK_ENTRIES
         return kept

@@ -56,6 +56,6 @@ class PromptPool:
             slots[slot] = index
         admitted = torch.zeros_like(weight, dtype=torch.bool)
         for slot, index in slots.items():
-            self.peak[slot], self.mean[slot] = measures.peak[index], measures.mean[index]
+            self.peak[slot], self.mean[slot] = measures.peak[index], measures.mean_at(index)
             admitted[index] = True
         return admitted

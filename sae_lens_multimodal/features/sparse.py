@@ -49,9 +49,15 @@ class PromptMeasures:
     """Sum of activations."""
 
     @cached_property
-    def mean(self) -> Float32[Tensor, "prompts 2 features"]:
-        """Mean activation over the tokens of each modality; 0 where there are none."""
-        return (self.total / self.n_tokens.clamp(min=1)[:, :, None]).float()
+    def fires(self) -> tuple[Int64[Tensor, "pairs"], Int64[Tensor, "pairs"], Int64[Tensor, "pairs"]]:
+        """Prompt, modality and feature of all that fires, ordered by them; of a wide dictionary little does."""
+        prompt, modality, feature = (self.peak > 0).nonzero(as_tuple=True)
+        return prompt, modality, feature
+
+    def mean_at(self, *index: Int64[Tensor, "n"] | int | slice) -> Float32[Tensor, "n *rest"]:
+        """Mean activation over the tokens of each modality, 0 where there are none, of some entries of `total`."""
+        n_tokens = self.n_tokens.clamp(min=1)[:, :, None].expand_as(self.total)
+        return (self.total[index] / n_tokens[index]).float()
 
 
 def kept_tokens(modality: Int8[Tensor, "b s"]) -> tuple[Bool[Tensor, "b s"], Int32[Tensor, "b s"]]:

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Int64
 from torch import Tensor
 
-from sae_lens_multimodal.features.hashing import priorities
+from sae_lens_multimodal.features.hashing import priorities, priorities_of
 from sae_lens_multimodal.features.lists import BestLists
 from sae_lens_multimodal.features.payload import Firings, Payload
 from sae_lens_multimodal.features.pool import PromptPool
@@ -45,16 +45,47 @@ class Quotas:
         return max(SMALLEST_POOL, POOL_PER_SILENT * self.n_silent) if self.n_silent else 0
 
 
+def state_bytes(
+    n_features: int, quotas: Quotas, *, firings_a_pair: float, batch_prompts: int = 0, batch_entries: int = 0
+) -> int:
+    """The most bytes that a pass holds for its features, once every list is full.
+
+    With F features, T top, O ordinary and P pool places, n tokens firing in a mean example, and a batch of B prompts
+    with E activations above zero (K for each of its tokens, with a top-k SAE):
+
+        lists, pools, statistics:  F * (2 * (44 * T + 24 * O) + 32 * P + 832)
+        firings:                   2 * F * (2 * T + O) * (32 + 8 * n), three times over while they are swept
+        batch:                     2 * F * B * 14 + 120 * E
+
+    The first and the last are on the SAE's device, the second in main memory.
+
+    Args:
+        n_features: Features that are followed.
+        quotas: How many examples each keeps.
+        firings_a_pair: Tokens on which a feature fires in an example, on the average.
+        batch_prompts: Prompts of a batch.
+        batch_entries: Activations above zero in a batch.
+
+    Example:
+        >>> quotas = Quotas(n_top=16, n_ordinary=16, n_silent=8, rank="max", seed=0)
+        >>> round(state_bytes(131072, quotas, firings_a_pair=0) / 2**30, 2)  # lists alone, and empty examples
+        1.63
+    """
+    top, ordinary, pool = quotas.n_top, quotas.n_ordinary, quotas.n_pool
+    drawn = quotas.n_drawn
+    fixed = n_features * (2 * (20 * top + 24 * drawn) + 32 * pool + 832)
+    pairs = 2 * n_features * (top + drawn) * (32 + 8 * firings_a_pair)
+    return int(fixed + 3 * pairs + 28 * n_features * batch_prompts + 120 * batch_entries)
+
+
 class HarvestState:
     """Statistics, lists, pools and firings of all features.
 
     Row `m * features + f` of the lists is feature `f` by modality `m` (0 image, 1 text).
 
-    Memory, with F features, T top, O ordinary and P pool places, and n tokens firing in a mean example:
-    `F * (2 * (44 * T + 24 * O) + 32 * P + 832)` bytes on the SAE's device, and in main memory at most twice
-    `F * 2 * (2 * T + O) * (32 + 8 * n)`, as firings that nothing refers to any more are swept only now and then. At
-    F = 131072, T = O = 16, P = 32, n = 20 that is 0.5 GiB and at most twice 2.3 GiB, reached if every list is full. A
-    batch adds what `SparseActivations` holds, and some 40 bytes for each of its prompts * 2 * F.
+    Memory by the number of features and of examples only, whatever the dataset's length: see `state_bytes`. At
+    131072 features and the default quotas, lists, pools and statistics take 0.5 GiB on the SAE's device; the firings of
+    the examples, once every list is full, some 2.3 GiB in main memory.
     """
 
     def __init__(self, quotas: Quotas, features: Int64[Tensor, "features"], d_sae: int) -> None:
@@ -87,13 +118,16 @@ class HarvestState:
             Which prompts now serve as an example of something.
         """
         self.statistics.update(batch, measures)
-        peak = measures.peak.flatten(1)
-        ranked = peak if self.quotas.rank == "max" else measures.mean.flatten(1)
-        admitted = self.top.update(ranked, prompt, key)
+        fires = measures.fires
+        place, modality, feature = fires
+        row = modality * len(self.features) + feature
+        ranked = measures.peak[fires] if self.quotas.rank == "max" else measures.mean_at(*fires)
+        admitted = self.top.offer(place, row, ranked, prompt, key)
         if self.drawn.length:
-            drawn = priorities(self.quotas.seed, key, self._streams).masked_fill(peak <= 0, 0)
-            admitted |= self.drawn.update(drawn, prompt, key)
-        wanted = admitted.view(len(prompt), 2, -1).any(1)
+            drawn = priorities_of(self.quotas.seed, key[place], self._streams[row])
+            admitted |= self.drawn.offer(place, row, drawn, prompt, key)
+        wanted = torch.zeros(len(prompt), len(self.features), dtype=torch.bool, device=prompt.device)
+        wanted[place[admitted], feature[admitted]] = True
         self.payload.add(Firings.of_batch(batch, measures, prompt, wanted))
         if self.payload.is_full:
             self.payload.sweep(self._live_pairs())

@@ -52,10 +52,12 @@ class RunningStatistics:
         ones = torch.ones_like(place)
         self.active.view(-1).index_add_(0, place, ones)
         self.histogram.view(-1).index_add_(0, place * N_BINS + histogram_bins(batch.value), ones)
-        self.total += measures.total.sum(0)
-        self.peak = torch.maximum(self.peak, measures.peak.amax(0))
-        fires = measures.peak > 0
-        self.prompts += torch.cat([fires.sum(0), fires.any(1).sum(0, keepdim=True)])
+        self.total.view(-1).index_add_(0, place, batch.value.double())
+        self.peak.view(-1).scatter_reduce_(0, place, batch.value, reduce="amax")
+        prompt, modality, feature = measures.fires
+        first = (modality == 0) | (measures.peak[prompt, 0, feature] <= 0)
+        fired = torch.cat([modality * n_features + feature, 2 * n_features + feature[first]])
+        self.prompts.view(-1).index_add_(0, fired, torch.ones_like(fired))
 
     def table(self, features: Int64[np.ndarray, "features"]) -> pa.Table:
         """The statistics table, one row for every feature."""

@@ -15,7 +15,7 @@ from typing_extensions import override
 ARCHITECTURE = "concept_dictionary"
 
 Encoder: TypeAlias = Literal["lasso", "nearest"]
-"""`lasso`: argmin of ½‖x - vU‖² + α Σv over v ≥ 0. `nearest`: of the nearest concept its share of x, of others 0."""
+"""`lasso`: argmin of ½‖x - vU‖² + alpha Σv over v ≥ 0. `nearest`: of the nearest concept its share of x, of others 0."""
 
 
 @torch.no_grad()
@@ -110,7 +110,7 @@ class ConceptDictionarySAE(SAE[ConceptDictionarySAEConfig]):
 
     # As in SAE-Lens's own tied SAE (matching pursuit), which cannot have the base class's parameter either.
     @property
-    def W_enc(self) -> Tensor:  # type: ignore[override]  # noqa: N802 - SAE-Lens's name
+    def W_enc(self) -> Tensor:  # type: ignore[override]
         """The concepts, transposed."""
         return self.W_dec.T
 

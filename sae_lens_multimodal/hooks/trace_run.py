@@ -19,6 +19,7 @@ from sae_lens_multimodal.adapters.batch import EncodedBatch
 from sae_lens_multimodal.adapters.hook_points import HookPoint
 from sae_lens_multimodal.adapters.model import VisionLanguageModel
 from sae_lens_multimodal.errors import SelectionError, UnknownHookError, UnsupportedModelError
+from sae_lens_multimodal.hooks.lens import final_logits
 from sae_lens_multimodal.hooks.trace_masks import causal_mask, is_causal, sliced
 
 logger = logging.getLogger(__name__)
@@ -89,7 +90,7 @@ class BlockRunner:
     """Runs a model's blocks by themselves, from any block on and for the last positions alone."""
 
     def __init__(self, model: VisionLanguageModel, *, keep_logits: int = 1) -> None:
-        """Find the blocks, the final norm and the unembedding by the family's own names.
+        """Find the blocks by the family's own names.
 
         Raises:
             SelectionError: the model has edits, which plain modules do not know.
@@ -101,10 +102,7 @@ class BlockRunner:
         self.keep_logits = keep_logits
         self.points = [model.hooks.resolve(f"blocks.{layer}.hook_resid_post") for layer in range(model.n_layers)]
         self.blocks = [self.root.get_submodule(point.module_path) for point in self.points]
-        self.norm = self.root.get_submodule(model.family.final_norm)
-        self.unembedding = self.root.get_submodule(model.family.unembedding)
         text = getattr(self.root.config, "text_config", self.root.config)
-        self.softcap: float | None = getattr(text, "final_logit_softcapping", None)
         self.implementation = str(getattr(text, "_attn_implementation", "") or "")
 
     # Recording -------------------------------------------------------------------------------------------------
@@ -207,14 +205,7 @@ class BlockRunner:
                 hidden = output if element is None else output[element]
                 extra = recording.added[number]
                 hidden = hidden if extra is None else hidden + extra[:, start:]
-        return self.logits(hidden[:, -self.keep_logits :])
-
-    @torch.no_grad()
-    def logits(self, hidden: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch vocabulary"]:
-        """Final norm and unembedding of the residual stream after the last block, in float32."""
-        place = next(self.norm.parameters(), hidden).device
-        found: Tensor = self.unembedding(self.norm(hidden.to(place))).float()
-        return found if not self.softcap else torch.tanh(found / self.softcap) * self.softcap
+        return final_logits(self.model, hidden[:, -self.keep_logits :])
 
     def keys_of(self, recording: Recording) -> KeptKeys | None:
         """Run a recorded pass's blocks again and keep their keys and values; None where they cannot be used.

@@ -96,7 +96,7 @@ def tokens_that_see(
 
 
 def check_edges(
-    seen: np.ndarray[Any, Any], lines: Sequence[int], edges: np.ndarray[Any, Any], patch: int, length: int
+    seen: np.ndarray[Any, Any], lines: Sequence[int], boxes: np.ndarray[Any, Any], axis: int, patch: int, length: int
 ) -> None:
     """Hold boxes against what was seen, along one axis.
 
@@ -107,21 +107,24 @@ def check_edges(
     Args:
         seen: [lines, n] of `tokens_that_see`, for image tokens.
         lines: the lines.
-        edges: [n, 2] where the boxes begin and end.
+        boxes: [n, 4] of the same tokens.
+        axis: 0 where the lines are columns, 1 where they are rows.
         patch: side of a patch in pixels of the resized picture: how far filters reach follows from its size.
         length: of the picture along the axis.
     """
-    low, high = edges[:, 0], edges[:, 1]
+    low, high = boxes[:, axis], boxes[:, axis + 2]
+    # those of mere padding lie nowhere
+    solid = ((boxes[:, 2:] - boxes[:, :2]) > 0).all(-1)
     scale = np.maximum(1, (high - low) / patch)
     reach = 3 * scale + 1
     place = np.asarray(lines)[:, None]
     within = (place >= low + 0.5) & (place + 1 <= high - 0.5)
     away = (place + 1 < low - reach) | (place > high + reach)
-    assert seen[within].all(), "a token does not see what lies in its box"
+    assert seen[within & solid].all(), "a token does not see what lies in its box"
     assert not seen[away].any(), "a token sees what lies far from its box"
     if len(lines) < length:
         return
     first, last = seen.argmax(0), length - seen[::-1].argmax(0)
-    inner = seen.any(0) & (first > 0) & (last < length) & (high > low)
+    inner = solid & seen.any(0) & (first > 0) & (last < length)
     distance = np.abs((first + last) / 2 - (low + high) / 2)
     assert (distance[inner] <= 1 + 0.5 * scale[inner]).all(), f"boxes are off by up to {distance[inner].max()} pixels"

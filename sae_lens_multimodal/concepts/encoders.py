@@ -1,0 +1,73 @@
+"""Vectors of a text's tokens, by any encoder of transformers: what BERTScore compares."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sae_lens_multimodal.errors import ModelLoadError
+
+
+class TokenEncoder:
+    """A text encoder such as BERT.
+
+    Args:
+        model: any transformers model that returns hidden states.
+        tokenizer: its tokenizer.
+        name: recorded with the results.
+        layer: which hidden states, as transformers counts them: 0 the embeddings, -1 the last.
+        batch_size: texts at a time.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        tokenizer: Any,  # noqa: ANN401
+        *,
+        name: str,
+        layer: int = -1,
+        batch_size: int = 32,
+    ) -> None:
+        self.model: Any = model.eval()
+        self.tokenizer, self.name, self.layer, self.batch_size = tokenizer, name, layer, batch_size
+
+    @classmethod
+    def load(cls, name: str | Path, *, layer: int = -1, device: str = "cpu", batch_size: int = 32) -> TokenEncoder:
+        """Load a checkpoint by hub name or folder.
+
+        Raises:
+            ModelLoadError: it does not load.
+        """
+        from transformers import AutoModel, AutoTokenizer
+
+        try:
+            model = AutoModel.from_pretrained(str(name)).to(device)
+            tokenizer = AutoTokenizer.from_pretrained(str(name))
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            line = " ".join(str(error).split())
+            raise ModelLoadError(
+                f"{name} does not load ({line[:300]}); expected a text encoder such as BERT."
+            ) from error
+        return cls(model, tokenizer, name=str(name), layer=layer, batch_size=batch_size)
+
+    @torch.no_grad()
+    def tokens(self, texts: Sequence[str]) -> list[Float[Tensor, "tokens d"]]:
+        """Give each text's tokens as vectors of length 1; control tokens are left out."""
+        device = next(self.model.parameters()).device
+        found: list[Tensor] = []
+        for start in range(0, len(texts), self.batch_size):
+            part = list(texts[start : start + self.batch_size])
+            batch = self.tokenizer(
+                part, padding=True, truncation=True, return_tensors="pt", return_special_tokens_mask=True
+            )
+            special = batch.pop("special_tokens_mask").bool()
+            output = self.model(**batch.to(device), output_hidden_states=True)
+            values = torch.nn.functional.normalize(output.hidden_states[self.layer].float(), dim=-1).cpu()
+            kept = batch["attention_mask"].bool().cpu() & ~special
+            found += [row[chosen] for row, chosen in zip(values, kept, strict=True)]
+        return found

@@ -1,0 +1,81 @@
+"""Constraint questions about scenes with known answers, each with a counterfactual of as many words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import count, islice
+from typing import TYPE_CHECKING
+
+from sae_lens_multimodal.scenes import questions as q
+from sae_lens_multimodal.scenes.words import COLOURS
+from sae_lens_multimodal.scenes.world import Scene, make_scene
+from sae_lens_multimodal.types import Box
+
+if TYPE_CHECKING:
+    from sae_lens_multimodal.hooks.constraints import ConstrainedQuestion
+
+FIRST_SEED = 2**44
+"""Scenes that no training or other test draws."""
+KINDS = ("shape", "texture")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConstraintCase:
+    """A question about one object of a scene, and the same one about another object whose answer differs."""
+
+    scene: Scene
+    clean: ConstrainedQuestion
+    """Its visual constraint is the word that names the object, with its box; its textual one what is asked for."""
+    counterfactual: ConstrainedQuestion
+    """About the other object, with its own answer: the symmetric pair."""
+    absent: str
+    """A colour that no object of the scene has: corrupts the constraint without another answer."""
+
+
+def constraint_cases(n: int, *, first_seed: int = FIRST_SEED, n_objects: int = 2) -> list[ConstraintCase]:
+    """Draw scenes and ask for the shape or texture of an object by its colour.
+
+    Args:
+        n: how many.
+        first_seed: of the scenes.
+        n_objects: in each scene, at least 2.
+    """
+    return list(islice(_cases(first_seed, n_objects), n))
+
+
+def _cases(first_seed: int, n_objects: int) -> Iterator[ConstraintCase]:
+    for seed in count(first_seed):
+        scene = make_scene(seed, n_objects=n_objects)
+        kind = KINDS[seed % len(KINDS)]
+        attributes = [one.attributes for one in scene.objects]
+        target = seed % len(attributes)
+        others = [at for at, one in enumerate(attributes) if one[kind] != attributes[target][kind]]
+        if not others:
+            continue
+        colours = {one["colour"] for one in attributes}
+        yield ConstraintCase(
+            scene=scene,
+            clean=_question(scene, attributes, target, kind),
+            counterfactual=_question(scene, attributes, others[0], kind),
+            absent=next(one for one in COLOURS if one not in colours),
+        )
+
+
+def _question(scene: Scene, attributes: Sequence[dict[str, str]], target: int, kind: str) -> ConstrainedQuestion:
+    # torch comes with the hooks, and importing a scene must not cost that
+    from sae_lens_multimodal.hooks.constraints import ConstrainedQuestion, mark
+
+    colour = attributes[target]["colour"]
+    asked = q.attribute_question(attributes, {"colour": colour}, kind)
+    thing = scene.objects[target]
+    return ConstrainedQuestion(
+        question=asked.text,
+        constraints=(
+            mark(asked.text, kind, kind="textual"),
+            mark(asked.text, colour, kind="visual", box=Box(*map(float, thing.box)), meaning=thing.phrase),
+        ),
+        pictures=(scene.image,),
+        answer=asked.answer,
+        name=f"scene {scene.seed}, {colour}",
+    )
