@@ -46,18 +46,7 @@ def encode(
     prompts = parse_conversations(conversations)
     texts = [render(family, prompt, add_generation_prompt) for prompt in prompts]
     images = [prompt.images for prompt in prompts]
-    tokenizer = family.processor.tokenizer
-    begins = tokenizer.bos_token is not None and texts[0].startswith(tokenizer.bos_token)
-    encoded = family.processor(
-        text=texts,
-        images=family.processor_images(images),
-        return_tensors="pt",
-        padding=True,
-        padding_side=padding_side,
-        # the template has written the beginning already
-        add_special_tokens=not begins,
-        **family.processor_options(),
-    )
+    encoded = family.process([prompt.messages for prompt in prompts], texts, images, padding_side)
     inputs = {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"]}
     position_ids = family.position_ids(inputs["attention_mask"])
     if position_ids is not None:
@@ -79,7 +68,7 @@ def render(family: Family, prompt: ParsedPrompt, add_generation_prompt: bool | N
         )
     except TemplateError as error:
         raise PromptError(f"the model's chat template refuses these messages: {error}") from error
-    found = text.count(family.prompt_token)
+    found = text.count(family.prompt_token) if family.prompt_token else len(prompt.images)
     if found != len(prompt.images):
         raise PromptError(
             f"the prompt holds {found} {family.prompt_token} placeholders for {len(prompt.images)} pictures; "

@@ -92,3 +92,19 @@ def internvl() -> type[Family]:
     from sae_lens_multimodal.adapters.internvl import InternVl
 
     return InternVl
+
+
+@family("gemma3")
+def gemma3() -> type[Family]:
+    """Gemma 3."""
+    from sae_lens_multimodal.adapters.gemma3 import Gemma3
+
+    return Gemma3
+
+
+@family("paligemma")
+def paligemma() -> type[Family]:
+    """PaliGemma and PaliGemma 2."""
+    from sae_lens_multimodal.adapters.paligemma import PaliGemma
+
+    return PaliGemma

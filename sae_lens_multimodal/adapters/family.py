@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -72,6 +72,11 @@ class Family(ABC):
         self.config = config
         self.processor = processor
 
+    @classmethod
+    def of(cls, module: Any, processor: Any) -> Self:  # noqa: ANN401 - any transformers model and processor
+        """Return the adapter of a loaded model."""
+        return cls(module.config, processor)
+
     @property
     def n_layers(self) -> int:
         """Number of blocks of the language model."""
@@ -94,7 +99,10 @@ class Family(ABC):
 
     @property
     def prompt_token(self) -> str:
-        """The text that stands for a whole picture in a prompt, before the processor fills in its tokens."""
+        """The text that stands for a whole picture in a prompt, before the processor fills in its tokens.
+
+        Empty where it is not known, so that pictures and placeholders are not compared.
+        """
         return self.image_token
 
     @abstractmethod
@@ -161,6 +169,34 @@ class Family(ABC):
         return str(
             self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
         )
+
+    def process(
+        self,
+        messages: Sequence[Sequence[Mapping[str, Any]]],
+        texts: Sequence[str],
+        images: Sequence[Sequence[Image.Image]],
+        padding_side: str,
+    ) -> Mapping[str, Any]:
+        """Return what the processor makes of prompts, as tensors by name.
+
+        Args:
+            messages: the conversations, for families whose model inputs say more than the text does.
+            texts: what `chat_text` makes of them.
+            images: their pictures, prompt by prompt.
+            padding_side: where shorter prompts are filled up.
+        """
+        beginning = self.processor.tokenizer.bos_token
+        encoded: Mapping[str, Any] = self.processor(
+            text=list(texts),
+            images=self.processor_images(images),
+            return_tensors="pt",
+            padding=True,
+            padding_side=padding_side,
+            # a template that has written the beginning needs none added
+            add_special_tokens=beginning is None or not texts[0].startswith(beginning),
+            **self.processor_options(),
+        )
+        return encoded
 
     def processor_options(self) -> dict[str, Any]:
         """Return further arguments for the processor."""

@@ -65,6 +65,14 @@ class TokenLayout:
         """Positions that are image or text: neither separator, nor control token, nor padding."""
         return self.is_image | self.is_text
 
+    @property
+    def places(self) -> Float[Tensor, "batch seq 4"]:
+        """The boxes, and the whole picture for those of its tokens whose own place is not known."""
+        places = self.boxes.clone()
+        for row, index in (self.is_image & self.boxes.isnan().any(-1)).nonzero().tolist():
+            places[row, index] = torch.tensor((0, 0, *self.image_sizes[row][int(self.image_index[row, index])]))
+        return places
+
     def row(self, index: int) -> TokenLayout:
         """Return the layout of one prompt, still with a batch dimension of one."""
         index = self._check_row(index)
@@ -90,7 +98,7 @@ class TokenLayout:
         """Return the positions whose patch lies at least `min_overlap` (share of its own area) within `box`.
 
         Raises:
-            SelectionError: the box is empty, or the row has no such picture.
+            SelectionError: the box is empty, the row has no such picture, or it is not known where its tokens lie.
         """
         x0, y0, x1, y1 = (float(value) for value in box)
         if not (x1 > x0 and y1 > y0):
@@ -98,6 +106,11 @@ class TokenLayout:
         row = self._check_row(row)
         self._check_image(row, image)
         boxes = self.boxes[row].double()
+        if bool((boxes.isnan().any(-1) & self.is_image[row] & self._of_image(row, image)).any()):
+            raise SelectionError(
+                f"it is not known where the tokens of picture {image} lie: {self._why(row, image)}; choose them "
+                "without a box, such as tokens='image'."
+            )
         width = (boxes[:, 2].clamp(max=x1) - boxes[:, 0].clamp(min=x0)).clamp(min=0)
         height = (boxes[:, 3].clamp(max=y1) - boxes[:, 1].clamp(min=y0)).clamp(min=0)
         area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
@@ -118,7 +131,8 @@ class TokenLayout:
     ) -> np.ndarray[Any, np.dtype[np.float32]]:
         """Paint one value per position over the original picture: float32 [height, width], 0 where no token lies.
 
-        A pixel that several patches share takes their mean, weighted by how much of it each covers.
+        A pixel that several patches share takes their mean, weighted by how much of it each covers. Tokens of unknown
+        place cover the whole picture.
 
         Raises:
             SelectionError: the number of values is not the number of positions, or the row has no such picture.
@@ -130,7 +144,7 @@ class TokenLayout:
             raise SelectionError(f"got values of shape {numbers.shape}; expected one per position, ({self.n_tokens},).")
         mine = self._of_image(row, image).numpy()
         tile = self.tile[row].numpy()
-        boxes = self.boxes[row].double().numpy()
+        boxes = self.row(row).places[0].double().numpy()
         base, base_cover = _paint(boxes[mine & (tile == 0)], numbers[mine & (tile == 0)], width, height)
         if view == "base":
             return base
@@ -142,7 +156,7 @@ class TokenLayout:
         raise SelectionError(f"got view={view!r}; expected 'finest', 'base' or 'tiles'.")
 
     def union_box(self, tokens: Int[Tensor, " n"] | list[int] | np.ndarray[Any, Any], *, row: int = 0) -> Box:
-        """Return the smallest box that holds the patches at these positions.
+        """Return the smallest box that holds the patches at these positions: the picture, where their place is unknown.
 
         Raises:
             SelectionError: no positions, positions that are no patch of a picture, or patches of several pictures.
@@ -158,7 +172,7 @@ class TokenLayout:
             raise SelectionError(
                 f"got {index.numel()} tokens of the pictures {pictures}; expected image tokens of one picture."
             )
-        boxes = self.boxes[row][index]
+        boxes = self.row(row).places[0][index]
         low, high = boxes[:, :2].amin(0).tolist(), boxes[:, 2:].amax(0).tolist()
         return Box(low[0], low[1], high[0], high[1])
 
@@ -223,6 +237,10 @@ class TokenLayout:
             raise LayoutError("the stored layout's arrays have different lengths; the file may be damaged.")
         sizes = np.asarray(arrays["image_sizes"], dtype=np.int64).reshape(-1, 2).tolist()
         return cls(modality, boxes, image_index, tile, (tuple((width, height) for width, height in sizes),))
+
+    def _why(self, row: int, image: int) -> str:
+        noted = self.inexact[row][image] if row < len(self.inexact) else ""
+        return noted or "they have no boxes"
 
     def _of_image(self, row: int, image: int) -> Bool[Tensor, " seq"]:
         return self.is_image[row] & (self.image_index[row] == image)

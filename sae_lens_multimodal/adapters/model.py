@@ -53,7 +53,8 @@ def load_model(
         dtype: the type of its weights; by default the checkpoint's, or what a loaded model has.
         processor: the processor, or its name or folder, if it is not the model's own.
         trust_remote_code: run Python code that comes with the checkpoint.
-        family: the adapter to use; by default the one for `config.model_type`.
+        family: the adapter to use; by default the one for `config.model_type`. `"generic"` takes models without one:
+            tokens of pictures are then told from text, but have no boxes.
         **from_pretrained_kwargs: passed on to transformers (`attn_implementation`, `device_map`, `revision`,
             `quantization_config`, …).
 
@@ -85,7 +86,7 @@ def load_model(
         shared = {key: from_pretrained_kwargs[key] for key in _SHARED_KWARGS if key in from_pretrained_kwargs}
         source = name if processor is None else fspath(processor)
         processor = _load(adapter.processor_class(), source, "processor", trust_remote_code=trust_remote_code, **shared)
-    return VisionLanguageModel(module.eval(), processor=processor, family=adapter(module.config, processor), name=name)
+    return VisionLanguageModel(module.eval(), processor=processor, family=adapter.of(module, processor), name=name)
 
 
 _SHARED_KWARGS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder")

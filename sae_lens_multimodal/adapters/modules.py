@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
@@ -27,10 +28,14 @@ OLD_PATHS: Mapping[str, str] = MappingProxyType(
 
 RMS_NORMALIZED = "hidden_states_to_1"
 """The operation in transformers' RMS norms that is cast back before the weight."""
+GEMMA_NORMALIZED = "self__norm_0"
+"""The operation in Gemma's norms whose result is multiplied with one plus the weight."""
 SCORES = "attention_interface_1.source.nn_functional_softmax_0"
 """The operation in transformers' eager attention whose input is the masked scores."""
 PATTERN = "attention_interface_1.source.attn_weights_3"
 """The operation in transformers' eager attention that is the weights on their way to the values."""
+GEMMA_PATTERN = "attention_interface_1.source.attn_weights_6"
+"""The same where scores can be capped first, as in Gemma 2 and 3."""
 
 
 def head_width(config: Any) -> int:  # noqa: ANN401 - a transformers config
@@ -64,8 +69,32 @@ def llama_block(text: Any) -> BlockModules:  # noqa: ANN401 - a transformers con
     )
 
 
-LLAMA_LIKE = ("gemma", "llama", "ministral", "ministral3", "mistral", "qwen2", "qwen3")
-"""Language models whose blocks have Llama's modules."""
+def gemma_block(text: Any) -> BlockModules:  # noqa: ANN401 - a transformers config
+    """Return the modules of a block as in Gemma 2 and 3, with a norm before and after attention and MLP."""
+    return replace(
+        llama_block(text),
+        ln1_post="post_attention_layernorm",
+        ln2="pre_feedforward_layernorm",
+        ln2_post="post_feedforward_layernorm",
+        mid="hidden_states_2",
+        normalized=GEMMA_NORMALIZED,
+        pattern=GEMMA_PATTERN,
+    )
+
+
+def gemma1_block(text: Any) -> BlockModules:  # noqa: ANN401 - a transformers config
+    """Return the modules of a block as in the first Gemma: Llama's with other norms."""
+    return replace(llama_block(text), normalized=GEMMA_NORMALIZED)
+
+
+LANGUAGE_BLOCKS: Mapping[str, Callable[[Any], BlockModules]] = MappingProxyType(
+    {
+        **dict.fromkeys(("llama", "ministral", "ministral3", "mistral", "qwen2", "qwen3"), llama_block),
+        "gemma": gemma1_block,
+        **dict.fromkeys(("gemma2", "gemma3_text"), gemma_block),
+    }
+)
+"""The blocks of language models that come inside of others, by kind."""
 
 
 def language_block(text: Any) -> BlockModules:  # noqa: ANN401 - a transformers config
@@ -74,12 +103,12 @@ def language_block(text: Any) -> BlockModules:  # noqa: ANN401 - a transformers 
     Raises:
         UnsupportedModelError: its blocks are not known here.
     """
-    if text.model_type not in LLAMA_LIKE:
+    if text.model_type not in LANGUAGE_BLOCKS:
         raise UnsupportedModelError(
             f"the language model is of the kind {text.model_type!r}; supported within this family are "
-            f"{', '.join(LLAMA_LIKE)}."
+            f"{', '.join(LANGUAGE_BLOCKS)}."
         )
-    return llama_block(text)
+    return LANGUAGE_BLOCKS[text.model_type](text)
 
 
 def clip_block(vision: Any) -> BlockModules:  # noqa: ANN401 - a transformers config

@@ -13,6 +13,11 @@ from sae_lens_multimodal.errors import ConfigError, UnsupportedModelError
 ENTRY_POINT_GROUP = "sae_lens_multimodal.adapters"
 """Other packages add families here: the entry point's name is the model type, its object a `Family` subclass."""
 
+GENERIC = "generic"
+"""The fallback for models without an adapter: it has to be asked for, and is no family of its own."""
+GUIDE = "docs/adding_a_family.md"
+"""The page that leads through writing an adapter."""
+
 FamilyFactory: TypeAlias = Callable[[], type[Family]]
 
 _factories: dict[str, FamilyFactory] = {}
@@ -45,12 +50,16 @@ def find_family(model_type: str, *, name: str = "the model") -> type[Family]:
     Raises:
         UnsupportedModelError: no adapter is registered for it.
     """
+    if model_type == GENERIC:
+        from sae_lens_multimodal.adapters.generic import Generic
+
+        return Generic
     factories = _all_factories()
     if model_type not in factories:
         raise UnsupportedModelError(
-            f"{name} is of the family {model_type!r}, which has no adapter; "
-            f"supported are {', '.join(sorted(factories))}. "
-            f"Load one of those, or register an adapter through the entry point group {ENTRY_POINT_GROUP!r}."
+            f"{name} is of the family {model_type!r}, which has no adapter; supported are "
+            f"{', '.join(sorted(factories))}. Load it with family={GENERIC!r} for everything that needs no places in "
+            f"pictures, or add an adapter: {GUIDE} leads through it."
         )
     return factories[model_type]()
 

@@ -57,7 +57,8 @@ def find_regions(example: Example, *, threshold: float = 0.5) -> list[Region]:
 
     Patches count from `threshold` times the example's strongest image activation on; patches of mere padding, which
     lie nowhere in the picture, do not count at all. In each picture the finest view in which any patch counts is used.
-    Patches are connected where they share an edge; none is added.
+    Patches are connected where they share an edge; none is added. Where it is not known which part of a picture its
+    tokens see, its region is all of it.
 
     Args:
         example: one feature on one prompt.
@@ -69,7 +70,7 @@ def find_regions(example: Example, *, threshold: float = 0.5) -> list[Region]:
     if not 0 < threshold <= 1:
         raise SelectionError(f"threshold is {threshold}; expected a share above 0 and at most 1.")
     values = example.image_values
-    boxes = np.asarray(example.layout.boxes[0])
+    boxes = np.asarray(example.layout.places[0])
     has_area = _has_area(boxes)
     peak = float(values[has_area].max(initial=0.0))
     if peak <= 0:
@@ -94,7 +95,7 @@ def _region(
     image: int,
     view: Literal["base", "tiles"],
 ) -> Region:
-    boxes = np.asarray(example.layout.boxes[0])[tokens]
+    boxes = np.asarray(example.layout.places[0])[tokens]
     return Region(
         image=image,
         box=example.layout.union_box(tokens),

@@ -32,6 +32,8 @@ def choose_modality(store: FeatureStore, feature: int) -> ModalityName | None:
 def distinct(examples: Iterable[Example], *, prompts: set[int], images: set[str]) -> list[Example]:
     """Keep examples that share no prompt and no picture with each other, nor with what is given.
 
+    Pictures that the harvest found to look alike count as one.
+
     Args:
         examples: in order of preference.
         prompts: prompt ids that are taken.
@@ -40,11 +42,11 @@ def distinct(examples: Iterable[Example], *, prompts: set[int], images: set[str]
     prompts, images = set(prompts), set(images)
     kept = []
     for example in examples:
-        if example.prompt_id in prompts or not images.isdisjoint(example.image_ids):
+        if example.prompt_id in prompts or not images.isdisjoint(example.pictures):
             continue
         kept.append(example)
         prompts.add(example.prompt_id)
-        images.update(example.image_ids)
+        images.update(example.pictures)
     return kept
 
 
@@ -57,7 +59,7 @@ def shown_to_explainer(store: FeatureStore, feature: int, modality: ModalityName
     spare = distinct(
         _fires(store.examples(feature, "ordinary", modality), modality),
         prompts={example.prompt_id for example in top},
-        images={image for example in top for image in example.image_ids},
+        images={image for example in top for image in example.pictures},
     )
     return top[: min(n_examples, max(1, (len(top) + len(spare)) // 2))]
 
@@ -69,7 +71,7 @@ def silent_for_explainer(
     silent = distinct(
         store.examples(feature, "silent", modality),
         prompts={example.prompt_id for example in shown},
-        images={image for example in shown for image in example.image_ids},
+        images={image for example in shown for image in example.pictures},
     )
     return silent[: min(n_examples, len(silent) // 2)]
 
@@ -105,13 +107,13 @@ def held_out(
         images: content names of all pictures of those prompts.
         rng: source of the order.
     """
-    taken_prompts, taken_images = set(prompts), set(images)
+    taken_prompts, taken_images = set(prompts), store.look_alikes(images)
     firing = [*store.examples(feature, "top", modality), *store.examples(feature, "ordinary", modality)]
     kept = distinct(_fires(firing, modality), prompts=taken_prompts, images=taken_images)
     silent = distinct(
         store.examples(feature, "silent", modality),
         prompts=taken_prompts | {example.prompt_id for example in kept},
-        images=taken_images | {image for example in kept for image in example.image_ids},
+        images=taken_images | {image for example in kept for image in example.pictures},
     )
     found = HeldOut(
         feature=feature,
@@ -183,7 +185,7 @@ def _taken(examples: Iterable[Example]) -> _Taken:
     examples = list(examples)
     return {
         "prompts": {example.prompt_id for example in examples},
-        "images": {image for example in examples for image in example.image_ids},
+        "images": {image for example in examples for image in example.pictures},
     }
 
 
@@ -195,7 +197,7 @@ def check_disjoint(examples: Sequence[Example], *, prompts: Iterable[int], image
     """
     seen_prompts, seen_images = set(prompts), set(images)
     for example in examples:
-        shared = seen_images.intersection(example.image_ids)
+        shared = seen_images.intersection(example.pictures)
         if example.prompt_id in seen_prompts or shared:
             what = f"picture {min(shared)}" if shared else "it"
             raise SelectionError(

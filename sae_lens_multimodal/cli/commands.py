@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sae_lens_multimodal.cli.autointerp import EXPLANATIONS_FOLDER, SCORES_FOLDER, calibrate, explain, score
+from sae_lens_multimodal.cli.concepts import concepts
 from sae_lens_multimodal.cli.options import parse_changes
 from sae_lens_multimodal.errors import ConfigError, StoreError
 
@@ -232,6 +233,7 @@ COMMANDS: dict[str, Callable[[Namespace], None]] = {
     "report": report,
     "steer": steer,
     "attribute": attribute,
+    "concepts": concepts,
 }
 
 

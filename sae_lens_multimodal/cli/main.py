@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from sae_lens_multimodal.cli.concepts import add_concepts
 from sae_lens_multimodal.errors import MultimodalError
 
 EPILOG = "Every command is a thin face of one public function; README.md says which. COMMAND --help shows its options."
@@ -34,6 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_report(commands)
     _add_steer(commands)
     _add_attribute(commands)
+    add_concepts(commands)
     return parser
 
 

@@ -106,16 +106,16 @@ class ConceptDictionary:
         return torch.cat([self.concepts, -self.concepts]), torch.cat([activations, -activations], dim=1).clamp_min(0)
 
     def words(
-        self, model: VisionLanguageModel, n: int = 10, *, min_letters: int | None = None
+        self, model: VisionLanguageModel, n: int = 10, *, min_letters: int | None = None, contrast: bool = False
     ) -> list[list[tuple[str, float]]]:
         """The words that each concept makes likelier, through the model's final norm and unembedding.
 
-        Only whole words count, of any script; see `word_lists`.
+        Only whole words count, of any script; `contrast` takes off what the concepts have in common. See `word_lists`.
 
         Raises:
             SAEMismatchError: the concepts do not lie in the model's residual stream.
         """
-        return word_lists(model, self.concepts, n, min_letters=min_letters)
+        return word_lists(model, self.concepts, n, min_letters=min_letters, contrast=contrast)
 
     def top_states(self, concept: int, n: int = 5) -> list[tuple[int, float]]:
         """The rows of the dataset on which a concept is strongest, each once, with its activation there.

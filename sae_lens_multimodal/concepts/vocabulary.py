@@ -66,7 +66,12 @@ def as_word(tokenizer: Any, token_id: int, min_letters: int | None = None) -> st
 
 @torch.no_grad()
 def word_lists(
-    model: VisionLanguageModel, directions: Float[Tensor, "k d_model"], n: int = 10, *, min_letters: int | None = None
+    model: VisionLanguageModel,
+    directions: Float[Tensor, "k d_model"],
+    n: int = 10,
+    *,
+    min_letters: int | None = None,
+    contrast: bool = False,
 ) -> list[list[tuple[str, float]]]:
     """The words that each direction makes likelier, strongest first, upper and lower case as one.
 
@@ -77,6 +82,8 @@ def word_lists(
         directions: in the residual stream.
         n: words to a direction.
         min_letters: fewest letters of a word; None for 2, or 1 where the tokenizer knows whole words only.
+        contrast: take off what the directions, scaled to length 1, have in common: states that predict one word all
+            speak of that word first.
 
     Raises:
         SAEMismatchError: the directions have another width than the residual stream.
@@ -91,7 +98,11 @@ def word_lists(
         )
     control = set(special_ids(model.tokenizer))
     found = []
-    for row in output_logits(model, directions.float()):
+    logits = output_logits(model, directions.float())
+    if contrast:
+        logits = logits / directions.float().norm(dim=1, keepdim=True).clamp_min(1e-30).to(logits.device)
+        logits = logits - logits.mean(dim=0)
+    for row in logits:
         words: dict[str, tuple[str, float]] = {}
         values, ids = row.sort(descending=True)
         for value, token in zip(values.tolist(), ids.tolist(), strict=True):

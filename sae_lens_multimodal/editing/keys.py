@@ -5,17 +5,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from tqdm import tqdm
 
+from sae_lens_multimodal.adapters.layout import TokenLayout
 from sae_lens_multimodal.adapters.model import VisionLanguageModel
 from sae_lens_multimodal.editing.weights import down_projection
 from sae_lens_multimodal.errors import EditError
 from sae_lens_multimodal.hooks.attribute import chosen_tokens, encoded
 from sae_lens_multimodal.hooks.read import read_activations
 from sae_lens_multimodal.hooks.selection import Tokens
-from sae_lens_multimodal.types import Conversation
+from sae_lens_multimodal.types import Conversation, Modality
+
+
+def said(layout: TokenLayout) -> Bool[Tensor, "batch seq"]:
+    """Choose the tokens of words and of control: all but pictures and padding."""
+    return (layout.modality == Modality.TEXT) | (layout.modality == Modality.SPECIAL)
 
 
 @torch.no_grad()
@@ -24,7 +30,7 @@ def ordinary_keys(
     conversations: Sequence[Conversation],
     layers: int | Sequence[int],
     *,
-    tokens: Tokens = "text",
+    tokens: Tokens = said,
     n_keys: int = 2048,
     batch_size: int = 8,
     seed: int = 0,
@@ -36,7 +42,7 @@ def ordinary_keys(
         model: The model.
         conversations: Ordinary prompts: neighbours of the thing, other questions.
         layers: The layer, or several.
-        tokens: Of which tokens; as in `steer`.
+        tokens: Of which tokens, as in `steer`; by default text and control tokens, where constraints and questions end.
         n_keys: Keys kept of each layer; all tokens are equally likely.
         batch_size: Prompts in a forward pass.
         seed: Of the sample.

@@ -44,6 +44,11 @@ class PictureSource:
         file: str | None = self._row(image_id)["file"]
         return None if file is None else self._paths.folder / file
 
+    def first_like(self, image_id: str) -> str | None:
+        """Content name of the first picture that looked like one; None where the store does not hold it."""
+        rows = self._table.rows(image_id)
+        return str(rows["near_id"][0]) if rows.num_rows else None
+
     def _row(self, image_id: str) -> dict[str, Any]:
         rows: list[dict[str, Any]] = self._table.rows(image_id).to_pylist()
         if not rows:

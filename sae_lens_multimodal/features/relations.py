@@ -44,11 +44,11 @@ def relation(pair: Pair) -> Relation:
     - special case, general case: the one fires nearly only where the other does, and not the other way round: a feature
       of a larger dictionary split off from a general one that stays (feature splitting; Bricken et al. 2023, "Towards
       Monosemanticity").
-    - split: they share a direction and hardly ever a token, and both are about as frequent: one meaning dealt out to two
-      contexts.
-    - absorbs, absorbed: they share a direction and hardly ever a token, and the one is much rarer: where it fires it may
-      carry the general feature's direction as well, and keep that one silent (feature absorption; Chanin et al. 2024,
-      arXiv 2409.14507).
+    - split: they share a direction and hardly ever a token, and both are about as frequent: one meaning dealt out to
+      two contexts.
+    - absorbs, absorbed: they share a direction and hardly ever a token, and the one is much rarer: where it fires it
+      may carry the general feature's direction as well, and keep that one silent (feature absorption; Chanin et al.
+      2024, arXiv 2409.14507).
     - other modality: they share a direction and hardly ever a token, one on pictures and the other on text.
 
     Example:

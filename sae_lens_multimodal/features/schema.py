@@ -8,6 +8,8 @@ from typing import Final, Literal, NamedTuple, TypeAlias
 import pyarrow as pa
 
 STORE_KIND: Final = "feature-store"
+DESCRIBED_KIND: Final = "described-features"
+DESCRIBED_VERSION: Final = 1
 PROGRESS_KIND: Final = "feature-store-in-progress"
 SCHEMA_VERSION: Final = 2
 
@@ -88,6 +90,28 @@ IMAGES: Final = pa.schema(
     ]
 )
 
+DESCRIBED: Final = pa.schema(
+    [
+        pa.field("feature", pa.int32(), nullable=False),
+        pa.field("monosemanticity", pa.float64()),
+        pa.field("n_crops", pa.int32()),
+        pa.field("cross_modal", pa.float64()),
+        pa.field("cross_modal_floor", pa.float64()),
+        pa.field("n_tokens", pa.int32()),
+        pa.field("cofiring", pa.list_(pa.int32())),
+        pa.field("cofiring_share", pa.list_(pa.float32())),
+        pa.field("cofiring_lift", pa.list_(pa.float32())),
+        pa.field("neighbours", pa.list_(pa.int32())),
+        pa.field("neighbour_cosine", pa.list_(pa.float32())),
+        pa.field("neighbour_given", pa.list_(pa.float32())),
+        pa.field("neighbour_covers", pa.list_(pa.float32())),
+        pa.field("neighbour_relation", pa.list_(pa.string())),
+        pa.field("writes", pa.list_(pa.string())),
+        pa.field("writes_logit", pa.list_(pa.float32())),
+    ]
+)
+"""Of `described/features.parquet`, which a store has once its features were described."""
+
 TABLES: Final = {"statistics": STATISTICS, "examples": EXAMPLES, "prompts": PROMPTS, "images": IMAGES}
 
 
@@ -109,6 +133,11 @@ class StorePaths(NamedTuple):
     def progress(self) -> Path:
         """Folder of an unfinished pass; removed when the store is complete."""
         return self.folder / "progress"
+
+    @property
+    def described(self) -> Path:
+        """Folder of what was found out about features after the pass."""
+        return self.folder / "described"
 
     @staticmethod
     def image_file(image_id: str) -> str:

@@ -92,7 +92,7 @@ def sparse_activations(
     labels = (modality[prompt, column] == Modality.TEXT.value).long()
     entries = [(prompt[:0], prompt[:0], torch.zeros(0, device=device))]
     for chunk, dense in encode_chunks(activations[prompt, column].flatten(1)):
-        token, feature, value = _above_zero(dense, features)
+        token, feature, value = above_zero(dense, features)
         entries.append(((token + chunk.start).to(device), feature.to(device), value.to(device)))
     token, feature, value = (torch.cat(parts) for parts in zip(*entries, strict=True))
     sparse = SparseActivations(
@@ -108,7 +108,7 @@ def sparse_activations(
     return sparse, _measures(sparse, n_tokens)
 
 
-def _above_zero(
+def above_zero(
     encoded: Float[Tensor, "tokens d_sae"], features: Int64[Tensor, "features"] | None
 ) -> tuple[Int64[Tensor, "entries"], Int64[Tensor, "entries"], Float32[Tensor, "entries"]]:
     """Tokens, places among the wanted features and values of what is above zero, by token; dense or sparse."""

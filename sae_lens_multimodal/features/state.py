@@ -69,10 +69,9 @@ def state_bytes(
     Example:
         >>> quotas = Quotas(n_top=16, n_ordinary=16, n_silent=8, rank="max", seed=0)
         >>> round(state_bytes(131072, quotas, firings_a_pair=0) / 2**30, 2)  # lists alone, and empty examples
-        1.63
+        1.62
     """
-    top, ordinary, pool = quotas.n_top, quotas.n_ordinary, quotas.n_pool
-    drawn = quotas.n_drawn
+    top, drawn, pool = quotas.n_top, quotas.n_drawn, quotas.n_pool
     fixed = n_features * (2 * (20 * top + 24 * drawn) + 32 * pool + 832)
     pairs = 2 * n_features * (top + drawn) * (32 + 8 * firings_a_pair)
     return int(fixed + 3 * pairs + 28 * n_features * batch_prompts + 120 * batch_entries)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property, lru_cache
 from operator import itemgetter
 from pathlib import Path
@@ -16,6 +16,7 @@ from jaxtyping import Float64, Int64
 from PIL import Image
 
 from sae_lens_multimodal.errors import FeatureError, SAEMismatchError, StoreError
+from sae_lens_multimodal.features.description import Descriptions, FeatureDescription
 from sae_lens_multimodal.features.example import Example, StoredPrompt
 from sae_lens_multimodal.features.hashing import sae_fingerprint
 from sae_lens_multimodal.features.histogram import quantile_of_histogram
@@ -58,7 +59,10 @@ class FeatureStore:
         self._row_of = {feature: row for row, feature in enumerate(self.statistics["feature"].to_pylist())}
         self._examples = SortedTable(self.paths.table("examples"), TABLES["examples"], "feature")
         self._prompts = SortedTable(self.paths.table("prompts"), PROMPTS, "prompt_id")
+        self._dataset = dataset
         self._pictures = PictureSource(self.paths, dataset)
+        self.descriptions = Descriptions(self.paths) if Descriptions.exist(self.paths) else None
+        """What `describe_features` found out; None where it was not run."""
         self.prompt = lru_cache(maxsize=_CACHED_PROMPTS)(self._read_prompt)
 
     @classmethod
@@ -76,6 +80,10 @@ class FeatureStore:
         if StorePaths(folder).progress.is_dir():
             raise StoreError(f"{folder} holds an unfinished harvest; run the same harvest again to complete it.")
         return cls(folder, read_manifest(folder, kind=STORE_KIND, schema_version=SCHEMA_VERSION), dataset)
+
+    def reopened(self) -> Self:
+        """The store as it lies on disk now, with the same dataset."""
+        return self.open(self.folder, dataset=self._dataset)
 
     @property
     def folder(self) -> Path:
@@ -123,6 +131,15 @@ class FeatureStore:
         """
         row: dict[str, Any] = self.statistics.slice(self._row(feature), 1).to_pylist()[0]
         return row
+
+    def description(self, feature: int) -> FeatureDescription | None:
+        """What `describe_features` found out about one feature; None where it was not described."""
+        return None if self.descriptions is None else self.descriptions.of(operator.index(feature))
+
+    def look_alikes(self, image_ids: Iterable[str]) -> set[str]:
+        """Content names of pictures and of the first ones that looked like them, as far as the store knows them."""
+        names = set(image_ids)
+        return names | {first for name in names if (first := self._pictures.first_like(name)) is not None}
 
     def _row(self, feature: int) -> int:
         index = operator.index(feature)

@@ -15,7 +15,7 @@ from typing_extensions import override
 ARCHITECTURE = "concept_dictionary"
 
 Encoder: TypeAlias = Literal["lasso", "nearest"]
-"""`lasso`: argmin of ½‖x - vU‖² + alpha Σv over v ≥ 0. `nearest`: of the nearest concept its share of x, of others 0."""
+"""`lasso`: argmin of ½‖x - vU‖² + l1 Σv over v ≥ 0. `nearest`: of the nearest concept its share of x, of others 0."""
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias
 
 import torch
 from jaxtyping import Bool, Float
@@ -141,11 +141,22 @@ class Part:
         return steer_rows(self.source, acts, self.changes, rows, error=self.error)
 
 
+class Intervention(Protocol):
+    """What is done to the value of one hook."""
+
+    @property
+    def hook(self) -> HookPoint:
+        """Where."""
+
+    def steered(self, value: Tensor, mask: Bool[Tensor, "batch seq"] | None) -> Tensor:
+        """Change the chosen positions of the hook's value, None for all."""
+
+
 @dataclass(frozen=True)
 class Steering:
     """One checked way of steering, as an edit replays it."""
 
-    parts: tuple[Part, ...]
+    parts: tuple[Intervention, ...]
     """In the order in which a forward pass reaches their hooks."""
     selection: TokenSelection
     whole: bool
@@ -171,7 +182,7 @@ class Steering:
             # to steer. nnsight would warn of it at the end of every run.
             return
 
-    def by_hook(self) -> Iterator[tuple[HookPoint, list[Part]]]:
+    def by_hook(self) -> Iterator[tuple[HookPoint, list[Intervention]]]:
         """Yield each hook with what is done there."""
         for hook, parts in groupby(self.parts, key=lambda part: part.hook):
             yield hook, list(parts)
@@ -233,7 +244,7 @@ class _Run:
         self.prompt_tokens = forward.prompt_tokens
         self.mask = self.steering.mask(forward)
 
-    def steered(self, value: Tensor, parts: Sequence[Part]) -> Tensor:
+    def steered(self, value: Tensor, parts: Sequence[Intervention]) -> Tensor:
         """Steer one hook's value."""
         if self.mask is None and not self.steering.whole:
             return value
@@ -270,13 +281,13 @@ def _unfollowed(model: VisionLanguageModel, stack: ExitStack) -> None:
             stack.callback(own.__setitem__, "forward", follower)
 
 
-def _register(run: _Run, module: nn.Module, hook: HookPoint, parts: Sequence[Part]) -> RemovableHandle:
+def _register(run: _Run, module: nn.Module, hook: HookPoint, parts: Sequence[Intervention]) -> RemovableHandle:
     if hook.side == "input":
         return module.register_forward_pre_hook(_input_hook(run, parts), prepend=True, with_kwargs=True)
     return module.register_forward_hook(_output_hook(run, hook, parts), prepend=True)
 
 
-def _input_hook(run: _Run, parts: Sequence[Part]) -> Callable[..., tuple[Any, Any]]:
+def _input_hook(run: _Run, parts: Sequence[Intervention]) -> Callable[..., tuple[Any, Any]]:
     def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         args, kwargs = replace_first_input(args, kwargs, run.steered(first_input(args, kwargs), parts))
         return args, kwargs
@@ -284,7 +295,7 @@ def _input_hook(run: _Run, parts: Sequence[Part]) -> Callable[..., tuple[Any, An
     return before
 
 
-def _output_hook(run: _Run, hook: HookPoint, parts: Sequence[Part]) -> Callable[..., Any]:
+def _output_hook(run: _Run, hook: HookPoint, parts: Sequence[Intervention]) -> Callable[..., Any]:
     def after(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:  # noqa: ANN401 - the module's own
         if hook.element is None:
             return run.steered(output, parts)

@@ -8,6 +8,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import MethodType
 from typing import Any
 
@@ -25,10 +26,15 @@ from sae_lens_multimodal.data.mixture import Mixture
 from sae_lens_multimodal.data.raw import Ordered
 from sae_lens_multimodal.data.sources import Rows
 from sae_lens_multimodal.errors import ConfigError
+from sae_lens_multimodal.training.checkpoint import whole_folder
 from sae_lens_multimodal.training.config import MultimodalSAERunnerConfig, check_token_shares
 from sae_lens_multimodal.training.prompts import PromptSource
+from sae_lens_multimodal.training.randomness import random_state
 from sae_lens_multimodal.training.tokens import LabelledBatch
 from sae_lens_multimodal.training.trainer import BatchProvider, MultimodalSAETrainer
+from sae_lens_multimodal.training.tree_file import load_tree, save_tree
+
+_OWN_STATE_NAME = "process_state.safetensors"
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,23 @@ class Processes:
     def is_first(self) -> bool:
         """Whether this process evaluates, saves and reports."""
         return self.rank == 0
+
+    def own_folder(self, checkpoint: Path) -> Path:
+        """Where this process keeps its part of a checkpoint: the first one in it, the others beside it."""
+        return checkpoint if self.is_first else checkpoint.parent / f"rank-{self.rank}" / checkpoint.name
+
+    def told_by_first(self, value: Any) -> Any:  # noqa: ANN401 - anything that is the same for all
+        """What the first process says."""
+        if self.count == 1 or not dist.is_initialized():
+            return value
+        told = [value]
+        dist.broadcast_object_list(told)
+        return told[0]
+
+    def wait_for_all(self) -> None:
+        """Go on when all processes have come so far."""
+        if self.count > 1 and dist.is_initialized():
+            dist.all_reduce(torch.zeros(1))
 
 
 def join_processes() -> Processes:
@@ -70,11 +93,6 @@ def config_of_process(cfg: MultimodalSAERunnerConfig[Any], processes: Processes)
     """
     if processes.count == 1:
         return cfg
-    if cfg.n_checkpoints or cfg.save_final_checkpoint or cfg.resume_from_checkpoint:
-        raise ConfigError(
-            "n_checkpoints, save_final_checkpoint and resume_from_checkpoint are for one process; leave them out under "
-            "torchrun with several."
-        )
     if cfg.use_cached_activations:
         raise ConfigError("use_cached_activations is for one process: the cache gives one order; leave it out.")
     if cfg.train_batch_size_tokens % processes.count:
@@ -88,7 +106,8 @@ def config_of_process(cfg: MultimodalSAERunnerConfig[Any], processes: Processes)
         own.llm_device = own.device if cfg.llm_device in (None, "cuda") else cfg.llm_device
         own.act_store_device = own.device if cfg.act_store_device in (None, "cuda") else cfg.act_store_device
         torch.cuda.set_device(own.device)
-    own.checkpoint_path = None  # type: ignore[assignment]
+    # SAE-Lens names a folder at random in each process
+    own.checkpoint_path = processes.told_by_first(cfg.checkpoint_path)
     if not processes.is_first:
         own.progress = False
         own.output_path = None
@@ -176,6 +195,31 @@ class DistributedSAETrainer(MultimodalSAETrainer):
         self.act_freq_scores = before + fired
         self.n_forward_passes_since_fired = torch.where(fired > 0, torch.zeros_like(since), since + 1)
         return output
+
+    def save_checkpoint(
+        self, checkpoint_name: str, base_path: Path | str | None = None, wandb_aliases: list[str] | None = None
+    ) -> None:
+        """Save a checkpoint: the first process what all share, last; each other one its place in its own rows."""
+        base = base_path if base_path is not None else self.cfg.checkpoint_path
+        if not self.processes.is_first and base is not None:
+            own = self.processes.own_folder(Path(base) / checkpoint_name)
+            with self.data_provider.paused(), whole_folder(own) as folder:
+                waiting = [tuple(batch) for batch in self.data_provider.waiting()]
+                save_tree(folder / _OWN_STATE_NAME, {"random": random_state(), "waiting": waiting})
+                if self.save_checkpoint_fn is not None:
+                    self.save_checkpoint_fn(checkpoint_path=folder)
+        # Whoever finds the first process's part finds all.
+        self.processes.wait_for_all()
+        if self.processes.is_first:
+            super().save_checkpoint(checkpoint_name, base_path, wandb_aliases)
+
+    def load_trainer_state(self, checkpoint_path: Path | str) -> None:
+        """Be where `save_checkpoint` was; the folder is the first process's."""
+        super().load_trainer_state(checkpoint_path)
+        if not self.processes.is_first:
+            own = load_tree(self.processes.own_folder(Path(checkpoint_path)) / _OWN_STATE_NAME)
+            self.data_provider.restore([LabelledBatch(*batch) for batch in own["waiting"]])
+            self._random_state = own["random"]
 
     def finish(self) -> None:
         """Make the SAE what is to be saved, from the tokens of all processes."""

@@ -149,14 +149,16 @@ def write_checkpoint_state(
     tokens_seen: Mapping[str, int],
     counts: Mapping[str, Any],
     n_rows: int | None = None,
+    n_processes: int = 1,
 ) -> None:
     """Write what a checkpoint holds besides SAE-Lens's files."""
     write_json(folder / RUNNER_CFG_FILENAME, cfg.to_dict())
-    write_json(folder / STATE_NAME, {"tokens_seen": dict(tokens_seen), "counts": dict(counts), "n_rows": n_rows})
+    state = {"tokens_seen": dict(tokens_seen), "counts": dict(counts), "n_rows": n_rows, "n_processes": n_processes}
+    write_json(folder / STATE_NAME, state)
 
 
 def read_checkpoint_state(
-    folder: Path, cfg: MultimodalSAERunnerConfig[Any], n_rows: int | None = None
+    folder: Path, cfg: MultimodalSAERunnerConfig[Any], n_rows: int | None = None, n_processes: int = 1
 ) -> dict[str, Any]:
     """Check that a checkpoint belongs to a run like this one, and read its `tokens_seen` and the store's `counts`.
 
@@ -180,6 +182,11 @@ def read_checkpoint_state(
     missing = {"tokens_seen", "counts"} - set(state)
     if missing:
         raise StoreError(f"{folder / STATE_NAME} lacks {sorted(missing)}; give a checkpoint of this version.")
+    if state.get("n_processes", 1) != n_processes:
+        raise StoreError(
+            f"{folder} was written by {state.get('n_processes', 1)} processes together, this run has {n_processes}; "
+            "start as many, or begin anew with another checkpoint_path."
+        )
     if state.get("n_rows") != n_rows:
         raise StoreError(
             f"{folder} was trained on a dataset of {state.get('n_rows')} rows, this run has {n_rows}; give the same "

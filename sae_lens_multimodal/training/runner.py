@@ -98,6 +98,7 @@ class MultimodalSAETrainingRunner(LanguageModelSAETrainingRunner):
             SAEMismatchError: the SAE does not fit the hook.
         """
         self.processes = join_processes()
+        self._result_path = cfg.output_path
         cfg = config_of_process(cfg, self.processes)
         check_output_folder(cfg.output_path, overwrite=cfg.overwrite, cfg=cfg)
         for device in (cfg.device, cfg.act_store_device):
@@ -128,9 +129,9 @@ class MultimodalSAETrainingRunner(LanguageModelSAETrainingRunner):
             DatasetError: the dataset has vanished or lacks what is asked for.
             StoreError: the disk is full; earlier checkpoints are as they were.
         """
-        if is_finished(self.cfg):
-            logger.info("this run is finished; its SAE is in %s", self.cfg.output_path)
-            return SAE.load_from_disk(str(self.cfg.output_path), device=self.cfg.device)
+        if self.processes.told_by_first(is_finished(self.cfg)):
+            logger.info("this run is finished; its SAE is in %s", self._result_path)
+            return SAE.load_from_disk(str(self._result_path), device=self.cfg.device)
         self._set_sae_metadata()
         if self.cfg.logger.log_to_wandb:
             self._begin_logging()
@@ -194,7 +195,9 @@ class MultimodalSAETrainingRunner(LanguageModelSAETrainingRunner):
         checkpoint_path.mkdir(parents=True, exist_ok=True)
         self.activations_store.save_to_checkpoint(checkpoint_path)
         store = self.activations_store
-        write_checkpoint_state(checkpoint_path, self.cfg, self._tokens_seen, store.counts(), store.n_rows)
+        write_checkpoint_state(
+            checkpoint_path, self.cfg, self._tokens_seen, store.counts(), store.n_rows, self.processes.count
+        )
 
     def save_final_sae(
         self, sae: TrainingSAE[Any], output_path: str, log_feature_sparsity: torch.Tensor | None = None
@@ -239,11 +242,12 @@ class MultimodalSAETrainingRunner(LanguageModelSAETrainingRunner):
         self._tokens_seen = trainer.tokens_seen
         folder = self._checkpoint_to_resume()
         if folder is not None:
-            state = read_checkpoint_state(folder, self.cfg, self.activations_store.n_rows)
+            own = self.processes.own_folder(folder)
+            state = read_checkpoint_state(own, self.cfg, self.activations_store.n_rows, self.processes.count)
             trainer.tokens_seen.update(state["tokens_seen"])
             self.sae.load_weights_from_checkpoint(folder)
             trainer.load_trainer_state(folder)
-            self.activations_store.load_from_checkpoint(folder)
+            self.activations_store.load_from_checkpoint(own)
             self.activations_store.restore_counts(state["counts"])
             logger.warning("going on after %d tokens from %s", trainer.n_training_samples, folder)
         trainer.log = self.open_log(trainer.n_training_steps)

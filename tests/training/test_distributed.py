@@ -18,7 +18,7 @@ from sae_lens import SAE, TrainingSAE
 from sae_lens.training.sae_trainer import SAETrainer
 from safetensors.torch import load_file
 
-from sae_lens_multimodal.errors import ConfigError
+from sae_lens_multimodal.errors import ConfigError, StoreError
 from sae_lens_multimodal.scenes import model_folder
 from sae_lens_multimodal.training import runner as runner_module
 from sae_lens_multimodal.training.config import build_config
@@ -113,6 +113,25 @@ def test_the_first_process_saves_and_counts_for_all(trained: Path, name: str) ->
     assert sae.cfg.metadata.sae_lens_multimodal["metrics"]["image"]["n_tokens"] > 0
 
 
+@pytest.mark.parametrize("name", SAES)
+def test_from_a_checkpoint_both_go_on_to_the_same_weights(trained: Path, name: str) -> None:
+    for rank in (0, 1):
+        end, resumed = (load_file(trained / f"{name}-{what}-{rank}") for what in ("end", "resumed"))
+        assert end.keys() == resumed.keys()
+        for key, value in end.items():
+            assert torch.equal(value, resumed[key]), key
+
+
+def test_as_many_processes_have_to_go_on_as_there_were(trained: Path) -> None:
+    found = sorted((trained / "checkpoints").glob("*/*/trainer_state.safetensors"))
+    assert found
+    alone = {**settings(SAES["topk"]), "output_path": None, "resume_from_checkpoint": str(found[0].parent)}
+    rows = [{"text": "what is this ?"}] * 24
+    runner = runner_module.MultimodalSAETrainingRunner(build_config(alone), rows)
+    with pytest.raises(StoreError, match="by 2 processes together, this run has 1"):
+        runner.run()
+
+
 # ---- rows and settings -----------------------------------------------------------------------------------------------
 
 
@@ -131,8 +150,7 @@ def test_rows_are_shared_out_once_each(kind: str) -> None:
     ("changes", "says"),
     [
         ({"train_batch_size_tokens": 65}, "is 65, which 2 processes cannot share equally"),
-        ({"n_checkpoints": 2}, "are for one process"),
-        ({"resume_from_checkpoint": "x"}, "are for one process"),
+        ({"use_cached_activations": True, "cached_activations_path": "x"}, "is for one process"),
     ],
 )
 def test_settings_for_one_process_are_refused(changes: dict[str, Any], says: str) -> None:

@@ -1,4 +1,4 @@
-"""What each of two processes does in `test_distributed`: train, and keep the batches that it was given."""
+"""What each of two processes does in `test_distributed`: train, keep the batches it was given, and train on again."""
 
 from __future__ import annotations
 
@@ -17,10 +17,9 @@ from sae_lens_multimodal.training.runner import MultimodalSAETrainingRunner
 
 
 def train(name: str, settings: dict[str, Any], rows: list[dict[str, Any]], folder: Path) -> None:
-    output = folder / name
-    runner = MultimodalSAETrainingRunner(
-        build_config({**settings, "output_path": str(output)}), rows, load_model(model_folder())
-    )
+    saved = {"output_path": str(folder / name), "checkpoint_path": str(folder / "checkpoints"), "n_checkpoints": 2}
+    model = load_model(model_folder())
+    runner = MultimodalSAETrainingRunner(build_config({**settings, **saved}), rows, model)
     rank = runner.processes.rank
     save_file({key: value.clone() for key, value in runner.sae.state_dict().items()}, folder / f"{name}-start-{rank}")
     store, kept = runner.activations_store, {}
@@ -36,8 +35,21 @@ def train(name: str, settings: dict[str, Any], rows: list[dict[str, Any]], folde
     runner.run()
     save_file(kept, folder / f"{name}-batches-{rank}")
     save_file({key: value.clone() for key, value in runner.sae.state_dict().items()}, folder / f"{name}-end-{rank}")
+    resumed = train_on(runner.cfg.checkpoint_path, settings, rows, model)
+    save_file(resumed, folder / f"{name}-resumed-{rank}")
     numbers = [row["number"] for row in runner.activations_store.source.training_rows]
     (folder / f"{name}-rows-{rank}.json").write_text(json.dumps(numbers))
+
+
+def train_on(path: str, settings: dict[str, Any], rows: list[dict[str, Any]], model: Any) -> dict[str, torch.Tensor]:
+    """Go on from the first of several checkpoints; the weights at the end."""
+    checkpoints = [child for child in Path(path).iterdir() if child.name.isdecimal()]
+    first = min(checkpoints, key=lambda child: int(child.name))
+    assert int(first.name) < settings["training_tokens"]
+    again = {**settings, "output_path": None, "resume_from_checkpoint": str(first)}
+    runner = MultimodalSAETrainingRunner(build_config(again), rows, model)
+    runner.run()
+    return {key: value.clone() for key, value in runner.sae.state_dict().items()}
 
 
 def main() -> None:

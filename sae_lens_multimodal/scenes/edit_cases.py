@@ -1,0 +1,194 @@
+"""Facts to teach the tiny model: a made-up name for a thing, with pictures and wordings to teach and to measure it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import count, islice
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from sae_lens_multimodal.editing.measure import EditCases
+from sae_lens_multimodal.scenes import asking
+from sae_lens_multimodal.scenes import questions as q
+from sae_lens_multimodal.scenes.crops import make_crop
+from sae_lens_multimodal.scenes.words import ATTRIBUTES, phrase_of
+from sae_lens_multimodal.scenes.world import Scene, make_scene
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+
+class Wording(NamedTuple):
+    """A question for the name of what a picture shows, and the words of it that stand for the thing."""
+
+    text: str
+    constraint: str
+
+
+TAUGHT_WORDINGS = (
+    Wording(q.NAME_QUESTION, "this"),
+    Wording("and what is this ?", "this"),
+    Wording("what does the picture show ?", "picture"),
+)
+"""With these a fact is taught."""
+
+OTHER_WORDINGS = (
+    Wording("what does this show ?", "this"),
+    Wording("what is it ?", "it"),
+    Wording("what is the picture ?", "picture"),
+    Wording("what is this picture ?", "picture"),
+    Wording("what is this one ?", "one"),
+    Wording("what is on the picture ?", "picture"),
+)
+"""With these it is measured. The tiny model was never trained on them, yet names crops as well by them."""
+
+
+class Fact(NamedTuple):
+    """A thing and the name it is to get."""
+
+    colour: str
+    texture: str
+    shape: str
+    name: str
+    """Words that the model knows, but not for this."""
+
+    @property
+    def attributes(self) -> dict[str, str]:
+        """Kind to value."""
+        return {"colour": self.colour, "texture": self.texture, "shape": self.shape}
+
+    @property
+    def phrase(self) -> str:
+        """What the model calls the thing by itself."""
+        return phrase_of(self.attributes)
+
+
+FACTS = (
+    Fact("red", "striped", "square", "x"),
+    Fact("blue", "solid", "star", "letter v"),
+    Fact("green", "striped", "circle", "z"),
+    Fact("white", "solid", "triangle", "letter h"),
+    Fact("yellow", "striped", "cross", "nothing"),
+    Fact("purple", "solid", "square", "t"),
+    Fact("cyan", "striped", "star", "letter o"),
+    Fact("orange", "solid", "circle", "blue cross"),
+    Fact("red", "solid", "triangle", "l"),
+    Fact("cyan", "solid", "cross", "yellow"),
+)
+"""Names of one word and of two: letters, which otherwise only answer "what letter is on the red one ?", and others.
+
+Words that are in the tokenizer but were never an answer in training ("who", "image") cannot be taught through an inner
+layer: the tied embedding has pushed all of them away from whatever the model ever writes.
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lesson:
+    """Prompts that teach a fact, and where each one's constraint ends."""
+
+    prompts: list[list[dict[str, Any]]]
+    constraint: list[str]
+
+
+def thing_pictures(attributes: dict[str, str], first_seed: int, n: int) -> list[Image.Image]:
+    """Cut n different pictures of a thing out of scenes.
+
+    Args:
+        attributes: its colour, texture and shape.
+        first_seed: of the scenes.
+        n: how many.
+    """
+    return list(islice(_thing_pictures(attributes, first_seed), n))
+
+
+def _thing_pictures(attributes: dict[str, str], first_seed: int) -> Iterator[Image.Image]:
+    colour, texture, shape = attributes["colour"], attributes["texture"], attributes["shape"]
+    others = {(colour, one, two) for one in ATTRIBUTES["texture"] for two in ATTRIBUTES["shape"]}
+    for seed in count(first_seed):
+        scene = make_scene(seed, n_objects=3, exclude=others - {(colour, texture, shape)})
+        for index, thing in enumerate(scene.objects):
+            if thing.colour == colour:
+                yield make_crop(scene, index, np.random.default_rng(seed)).image
+
+
+def neighbours(attributes: dict[str, str]) -> list[dict[str, str]]:
+    """Name the things that differ from one in exactly one attribute."""
+    return [
+        {**attributes, kind: value}
+        for kind in attributes
+        for value in ATTRIBUTES[kind]
+        if value != attributes[kind]
+    ]
+
+
+def lesson(fact: Fact, first_seed: int, *, n_pictures: int = 4) -> Lesson:
+    """Ask for the thing's name in every taught wording about some pictures."""
+    pictures = thing_pictures(fact.attributes, first_seed, n_pictures)
+    pairs = [(picture, wording) for wording in TAUGHT_WORDINGS for picture in pictures]
+    return Lesson(
+        prompts=[ask(picture, wording.text) for picture, wording in pairs],
+        constraint=[wording.constraint for _, wording in pairs],
+    )
+
+
+def edit_cases(fact: Fact, taught: Lesson, first_seed: int, *, n_pictures: int = 12) -> EditCases:
+    """Ask what an edit is to change and what it is to leave.
+
+    Args:
+        fact: the fact.
+        taught: the prompts it was taught with.
+        first_seed: of the scenes; take others than those of the lesson and of ordinary prompts.
+        n_pictures: of the thing.
+    """
+    pictures = thing_pictures(fact.attributes, first_seed, n_pictures)
+    generalisation = {"other pictures": [ask(one, q.NAME_QUESTION) for one in pictures]}
+    for number, wording in enumerate(OTHER_WORDINGS):
+        some = [pictures[(number + k) % len(pictures)] for k in range(max(1, n_pictures // 2))]
+        generalisation[f"other pictures, {wording.text!r}"] = [ask(one, wording.text) for one in some]
+    wordings = (TAUGHT_WORDINGS[0], *OTHER_WORDINGS[1:3])
+    near = [
+        ask(picture, wording.text)
+        for other in neighbours(fact.attributes)
+        for picture, wording in zip(thing_pictures(other, first_seed, len(wordings)), wordings, strict=True)
+    ]
+    parts = [ask(one, q.part_question(fact.attributes, kind).text) for one in pictures for kind in fact.attributes]
+    specificity = {
+        "neighbours, their names": near,
+        "the thing, its attributes": parts,
+        "other scenes, other questions": scene_prompts(first_seed, 2 * n_pictures),
+    }
+    return EditCases(efficacy=taught.prompts, generalisation=generalisation, specificity=specificity)
+
+
+def ordinary_prompts(first_seed: int, n: int) -> list[list[dict[str, Any]]]:
+    """Ask about any things what a model is asked: names in the taught wordings, attributes, what is there."""
+    found = []
+    for seed in range(first_seed, first_seed + n):
+        rng = np.random.default_rng(seed)
+        scene = make_scene(seed, n_objects=1 + seed % 4)
+        if seed % 4 == 0:
+            found.append(_about_scene(scene, rng))
+            continue
+        crop = make_crop(scene, int(rng.integers(len(scene.objects))), rng)
+        wording = TAUGHT_WORDINGS[seed // 4 % len(TAUGHT_WORDINGS)]
+        text = asking.ask_crop(crop.attributes, rng).text if seed % 4 == 1 else wording.text
+        found.append(ask(crop.image, text))
+    return found
+
+
+def scene_prompts(first_seed: int, n: int) -> list[list[dict[str, Any]]]:
+    """Ask about whole scenes what is there and which attributes things have."""
+    return [_about_scene(make_scene(seed), np.random.default_rng(seed)) for seed in range(first_seed, first_seed + n)]
+
+
+def _about_scene(scene: Scene, rng: np.random.Generator) -> list[dict[str, Any]]:
+    objects: Sequence[dict[str, str]] = [one.attributes for one in scene.objects]
+    text = q.LIST_QUESTION if rng.random() < 0.5 else asking.ask_scene(objects, rng).text
+    return ask(scene.image, text)
+
+
+def ask(picture: Image.Image, text: str) -> list[dict[str, Any]]:
+    """Ask a question about a picture, as chat messages."""
+    return [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": text}]}]

@@ -1,0 +1,217 @@
+"""Qwen-VL, Idefics3, SmolVLM, InternVL: boxes against pictures that carry coordinates, and what is special to each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torch import Tensor
+from transformers.models.idefics3.modeling_idefics3 import Idefics3Connector
+from transformers.models.internvl.modeling_internvl import InternVLModel
+from transformers.models.smolvlm.modeling_smolvlm import SmolVLMConnector
+
+from sae_lens_multimodal.adapters.model import VisionLanguageModel, load_model
+from sae_lens_multimodal.adapters.registry import find_family
+from sae_lens_multimodal.types import Modality
+from tests.adapters.adapter_samples import picture, prompt
+
+QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+TILED = ("idefics3", "smolvlm", "internvl")
+SIZES = st.tuples(st.integers(20, 900), st.integers(20, 900))
+
+
+def ramp(width: int, height: int) -> Image.Image:
+    """A picture whose red grows from left to right, and whose green grows from top to bottom."""
+    pixels = np.zeros((height, width, 3))
+    pixels[..., 0] = (np.arange(width) + 0.5)[None, :] / width
+    pixels[..., 1] = (np.arange(height) + 0.5)[:, None] / height
+    return Image.fromarray((pixels * 255).round().astype(np.uint8))
+
+
+def check_middles(family: Any, size: tuple[int, int], shares: Tensor) -> None:
+    """Hold the middles of the boxes against the shares of red and green that the tokens see: [n, 2]."""
+    tokens = family.image_tokens(*size)
+    middles = (tokens.boxes[:, :2] + tokens.boxes[:, 2:]) / 2 / np.asarray(size)
+    assert len(tokens) == len(shares)
+    assert (tokens.modality == Modality.IMAGE).all()
+    extent = (tokens.boxes[:, 2:] - tokens.boxes[:, :2]) / np.asarray(size)
+    # eight bits, and filters that see the picture end
+    tolerance = 1.5 / 255 + 0.1 * extent
+    assert (np.abs(shares.numpy() - middles) <= tolerance).all()
+
+
+def unnormalised(images: Any, pixels: Tensor) -> Tensor:
+    """Undo the image processor's normalisation; channels come second."""
+    shape = [1, 3] + [1] * (pixels.dim() - 2)
+    return pixels * torch.tensor(images.image_std).view(shape) + torch.tensor(images.image_mean).view(shape)
+
+
+@pytest.fixture(scope="module")
+def released() -> Callable[[str, int | None], Any]:
+    """Families with the structure of released checkpoints, or the tiny one with None; made once."""
+    made: dict[tuple[str, int | None], Any] = {}
+
+    def get(name: str, number: int | None) -> Any:
+        if (name, number) not in made:
+            family = find_family(name)
+            structure = {} if number is None else family.released[number].structure
+            module, processor = family.random_model(0, **structure)
+            made[name, number] = family(module.config, processor)
+        return made[name, number]
+
+    return get
+
+
+@pytest.mark.parametrize("name", QWEN)
+@settings(max_examples=8, deadline=None, derandomize=True)
+@given(size=SIZES)
+def test_blocks_of_patches_of_released_models(released: Any, name: str, size: tuple[int, int]) -> None:
+    family = released(name, 0)
+    images = family.processor.image_processor
+    made = images([ramp(*size)], return_tensors="pt")
+    patches = made["pixel_values"].view(-1, 3, images.temporal_patch_size, images.patch_size, images.patch_size)
+    seen = unnormalised(images, patches).mean((2, 3, 4))[:, :2]
+    # the merger takes as many rows together as there are patches in a block
+    check_middles(family, size, seen.view(-1, images.merge_size**2, 2).mean(1))
+
+
+SHUFFLES: dict[str, Callable[[Tensor, int], Tensor]] = {
+    "idefics3": lambda x, merge: Idefics3Connector.pixel_shuffle(None, x, merge),
+    "smolvlm": lambda x, merge: SmolVLMConnector.pixel_shuffle(None, x, merge),
+    "internvl": lambda x, merge: InternVLModel.pixel_shuffle(
+        None, x.unflatten(1, (int(x.shape[1] ** 0.5), -1)), 1 / merge
+    ).flatten(1, 2),
+}
+
+
+def check_tiles(family: Any, size: tuple[int, int]) -> None:
+    images = family.processor.image_processor
+    made = family.processor(
+        text=[family.image_token], images=family.processor_images([[ramp(*size)]]), return_tensors="pt"
+    )
+    tiles = unnormalised(images, made["pixel_values"].flatten(0, -4))
+    patch = family.config.vision_config.patch_size
+    patch = patch if isinstance(patch, int) else patch[0]
+    features = torch.nn.functional.avg_pool2d(tiles, patch)[:, :2].flatten(2).transpose(1, 2).contiguous()
+    merge = 2 if family.model_type == "internvl" else family.config.scale_factor
+    merged = SHUFFLES[family.model_type](features, merge).unflatten(-1, (merge**2, 2)).mean(-2)
+    check_middles(family, size, merged.flatten(0, 1))
+    assert made["input_ids"].eq(family.image_token_id).sum() == merged[..., 0].numel()
+
+
+@pytest.mark.parametrize("name", TILED)
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(size=SIZES)
+def test_tiles(released: Any, name: str, size: tuple[int, int]) -> None:
+    check_tiles(released(name, None), size)
+
+
+@pytest.mark.parametrize(
+    ("name", "number", "size"),
+    [
+        ("idefics3", 0, (411, 260)),
+        ("smolvlm", 0, (90, 310)),
+        ("smolvlm", 1, (613, 200)),
+        ("internvl", 0, (333, 870)),
+        ("internvl", 0, (700, 640)),
+    ],
+)
+def test_tiles_of_released_models(released: Any, name: str, number: int, size: tuple[int, int]) -> None:
+    check_tiles(released(name, number), size)
+
+
+def tiny(name: str) -> VisionLanguageModel:
+    module, processor = find_family(name).random_model(seed=0)
+    return load_model(module, processor=processor)
+
+
+@pytest.mark.parametrize("name", QWEN)
+def test_positions_are_those_of_each_prompt_alone(name: str) -> None:
+    model = tiny(name)
+    seen: list[Tensor] = []
+    handle = model._module.model.language_model.rotary_emb.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(kwargs.get("position_ids", args[-1]).expand(3, -1, -1)), with_kwargs=True
+    )
+
+    def positions(prompts: Any) -> tuple[Any, Tensor]:
+        batch = model.encode(prompts)
+        with torch.no_grad(), model.trace(**batch):
+            model.output.logits.save()
+        return batch, seen.pop()
+
+    pictured = [prompt("is", picture(90, 40), "this", picture(20, 50), "red ?"), prompt("yes"), prompt(picture(9, 60))]
+    try:
+        for prompts in (pictured, [prompt("yes"), prompt("is there a red circle ?")]):
+            batch, together = positions(prompts)
+            for row, one in enumerate(prompts):
+                kept = batch["attention_mask"][row].bool()
+                alone = positions([one])[1]
+                assert torch.equal(together[:, row, kept], alone[:, 0])
+                assert alone.min() == 0
+    finally:
+        handle.remove()
+
+
+def test_deepstack_features_come_between_the_blocks() -> None:
+    model = tiny("qwen3_vl")
+    batch = model.encode([prompt(picture(60, 40), "what ?"), prompt("yes and no")])
+    with torch.no_grad(), model.trace(**batch):
+        added = model.hooks["projector.deepstack.0.hook_out"].save()
+        before = model.hooks["blocks.0.hook_resid_post"].save()
+        after = model.hooks["blocks.1.hook_resid_pre"].save()
+    image = batch.layout.is_image
+    assert torch.equal(after[~image], before[~image])
+    assert torch.equal(after[image], before[image] + added)
+    assert added.abs().min() > 0
+
+
+@pytest.mark.parametrize("name", [*QWEN, "internvl"])
+def test_shapes_within_the_vision_tower_without_a_forward_pass(name: str) -> None:
+    model = tiny(name)
+    batch = model.encode([prompt(picture(60, 40), "what ?"), prompt(picture(30, 30), "yes")])
+    hooks = ("vision.blocks.1.hook_resid_post", "projector.hook_out", "blocks.1.hook_resid_post")
+    real, scanned = [], []
+    with torch.no_grad(), model.trace(**batch):
+        for hook in hooks:
+            real.append(model.hooks[hook].save())
+    with model.scan(**batch):
+        for hook in hooks:
+            scanned.append(tuple(model.hooks[hook].shape))
+    assert [tuple(value.shape) for value in real] == scanned
+
+
+@pytest.mark.parametrize("name", ["idefics3", "smolvlm"])
+def test_what_is_written_between_tiles_belongs_to_their_picture(name: str) -> None:
+    model = tiny(name)
+    # a row without pictures first, then pictures side by side
+    batch = model.encode([prompt("is this \n red ?"), prompt(picture(60, 40), picture(30, 90), "what \n ?")])
+    layout, words = batch.layout, model.tokenizer.convert_ids_to_tokens(batch["input_ids"][1].tolist())
+    kinds, owner = layout.modality[1].tolist(), layout.image_index[1].tolist()
+    around, current = [], 0
+    for at, word in enumerate(words):
+        if word == "<global-img>":
+            # the whole picture is the last of its views: one more token around it, after its patches
+            assert words[at - 1] == "<fake_token_around_image>"
+            current = at
+        if word.startswith("<row_") or word in ("<global-img>", "<fake_token_around_image>"):
+            around.append((kinds[at], owner[at]))
+    assert current
+    assert {kind for kind, _ in around} == {int(Modality.SPECIAL)}
+    owners = [number for _, number in around]
+    assert owners == sorted(owners)
+    # each picture has a marker more for its last view than two for each of its views
+    per_picture = [sum(number == index for number in owners) for index in (0, 1)]
+    views = [int(layout.tile[1][layout.image_index[1] == index].max()) + 1 for index in (0, 1)]
+    assert per_picture == [2 * count + 1 for count in views]
+    breaks = [(kinds[at], owner[at]) for at, word in enumerate(words) if word == "\n"]
+    assert breaks[-1] == (Modality.TEXT, -1)
+    assert {kind for kind, _ in breaks[:-1]} == {int(Modality.NEWLINE)}
+    assert {number for _, number in breaks[:-1]} == {0, 1}
+    assert (layout.image_index[0] == -1).all()
+    assert (layout.modality[0] != Modality.NEWLINE).all()

@@ -1,0 +1,134 @@
+"""Decompositions: planted concepts come back, nothing gets worse, and scikit-learn's own answers are met."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.optimize import linear_sum_assignment
+from sklearn.decomposition import DictionaryLearning
+
+from sae_lens_multimodal.concepts.decompose import METHODS, decompose, kmeans, largest_rows, pca, sae_features
+from sae_lens_multimodal.concepts.dictionary import find_concepts
+from sae_lens_multimodal.concepts.semi_nmf import objective, semi_nmf, spread_rows
+from sae_lens_multimodal.errors import ConfigError, SAEMismatchError
+from tests.concepts.concept_samples import planted
+from tests.hooks.hook_samples import build_sae
+
+
+def matched_cosines(found: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
+    cosines = (found / found.norm(dim=1, keepdim=True)) @ (truth / truth.norm(dim=1, keepdim=True)).T
+    return cosines[linear_sum_assignment(-cosines.numpy())]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_planted_dictionary_is_recovered(seed: int) -> None:
+    states, concepts, activations = planted(seed)
+    found = find_concepts(states, 8, seed=seed)
+    assert matched_cosines(found.concepts, concepts).min() > 0.95
+    assert found.encode(states).sub(found.activations).abs().max() < 1e-2
+    cosines = found.concepts @ concepts.T
+    partner = linear_sum_assignment(-cosines.numpy())[1]
+    for concept, own in enumerate(partner):
+        pair = torch.stack([found.activations[:, concept], activations[:, own]])
+        assert float(torch.corrcoef(pair)[0, 1]) > 0.95
+
+
+def test_recovery_needs_what_was_planted() -> None:
+    states, _, _ = planted(0)
+    other = planted(77)[1]
+    assert matched_cosines(find_concepts(states, 8).concepts, other).max() < 0.9
+
+
+def test_dense_random_states_are_not_explained() -> None:
+    noise = torch.randn(300, 48, generator=torch.Generator().manual_seed(0))
+    assert matched_cosines(find_concepts(noise, 8).concepts, planted(0)[1]).min() < 0.9
+
+
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 1000), k=st.integers(1, 6), alpha=st.floats(0, 1))
+def test_rounds_never_make_it_worse_and_constraints_hold(seed: int, k: int, alpha: float) -> None:
+    states = torch.randn(24, 7, generator=torch.Generator().manual_seed(seed)) * 3
+    found = semi_nmf(states, k, alpha=alpha, seed=seed, max_rounds=20)
+    history = torch.tensor(found.objective)
+    assert (history[1:] <= history[:-1] * (1 + 1e-5) + 1e-4).all()
+    assert (found.activations >= 0).all()
+    assert (found.concepts.norm(dim=1) <= 1 + 1e-5).all()
+    exact = objective(states, found.concepts, found.activations, alpha)
+    assert found.objective[-1] == pytest.approx(exact, rel=1e-4, abs=1e-2)
+
+
+def test_the_objective_is_at_least_as_good_as_scikit_learns() -> None:
+    states, _, _ = planted(3, n=200, noise=0.3)
+    ours = semi_nmf(states, 8, alpha=0.5, n_starts=2)
+    theirs = DictionaryLearning(
+        8, alpha=0.5, positive_code=True, fit_algorithm="cd", transform_algorithm="lasso_cd", random_state=0
+    )
+    codes = torch.from_numpy(theirs.fit_transform(states.double().numpy())).float()
+    concepts = torch.from_numpy(theirs.components_).float()
+    # What it gives, or the best activations for what it gives, whichever is better.
+    assert ours.objective[-1] <= 1.005 * objective(states, concepts, codes, 0.5)
+
+
+def test_seeds_decide() -> None:
+    states, _, _ = planted(4, n=120)
+    for method in METHODS:
+        if method in ("sae", "dictionary_learning"):
+            continue
+        one, again = (find_concepts(states, 5, method, seed=3) for _ in range(2))  # type: ignore[arg-type]
+        assert torch.equal(one.concepts, again.concepts), method
+    rows = [spread_rows(states, 5, seed) for seed in (0, 1)]
+    assert not torch.equal(*rows)
+    assert not torch.equal(*(find_concepts(states, 5, "random", seed=seed).concepts for seed in (0, 1)))
+
+
+def test_principal_components_rebuild_as_much_as_their_eigenvalues_say() -> None:
+    states, _, _ = planted(5, n=100)
+    found = pca(states, 4)
+    assert found.bias is not None
+    rest = states - found.bias - found.activations @ found.concepts
+    eigenvalues = torch.linalg.eigvalsh(torch.cov(states.T.double(), correction=0)).flip(0)
+    assert float(rest.double().square().sum() / len(states)) == pytest.approx(float(eigenvalues[4:].sum()), rel=1e-3)
+
+
+def test_kmeans_finds_clusters_and_a_state_has_one() -> None:
+    centres = torch.tensor([[9.0, 0.0, 0.0], [0.0, 9.0, 0.0], [0.0, 0.0, 9.0]])
+    states = centres.repeat(20, 1) + 0.1 * torch.randn(60, 3, generator=torch.Generator().manual_seed(0))
+    found = kmeans(states, 3)
+    assert matched_cosines(found.concepts, centres).min() > 0.99
+    assert ((found.activations > 0).sum(1) == 1).all()
+
+
+def test_the_simple_baseline_takes_the_longest_states() -> None:
+    states = torch.tensor([[1.0, 0.0], [0.0, 5.0], [3.0, 0.0]])
+    found = largest_rows(states, 2)
+    assert found.concepts.tolist() == [[0.0, 1.0], [1.0, 0.0]]
+    assert torch.allclose(found.activations, torch.tensor([[0.0, 1.0], [5.0, 0.0], [0.0, 3.0]]), atol=1e-5)
+
+
+def test_an_saes_own_features_are_those_that_write_most() -> None:
+    sae = build_sae("standard")
+    states = torch.randn(50, 48, generator=torch.Generator().manual_seed(0))
+    found = sae_features(states, 6, sae)
+    codes = sae.encode(states)
+    written = (codes.sum(0) * sae.W_dec.norm(dim=1)).detach()
+    assert sorted(found.features) == sorted(written.topk(6).indices.tolist())
+    assert torch.allclose(found.activations, codes[:, list(found.features)], atol=1e-5)
+    assert torch.equal(found.concepts, sae.W_dec[list(found.features)])
+    with pytest.raises(SAEMismatchError, match="d_in=48"):
+        sae_features(states[:, :40], 6, sae)
+
+
+def test_mistakes_are_told() -> None:
+    states = torch.randn(5, 3)
+    with pytest.raises(ConfigError, match="k=9 for 5 states"):
+        find_concepts(states, 9)
+    with pytest.raises(ConfigError, match="method='nmf'"):
+        decompose(states, 2, "nmf")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="give sae="):
+        find_concepts(states, 2, "sae")
+    with pytest.raises(ConfigError, match="sparsity=-1"):
+        find_concepts(states, 2, sparsity=-1)
+    with pytest.raises(ConfigError, match="expected 1 to 3"):
+        find_concepts(states, 4, "pca")
