@@ -72,7 +72,7 @@ def qwen3_vl() -> type[Family]:
 
 @family("idefics3")
 def idefics3() -> type[Family]:
-    """Idefics3."""
+    """Idefics3 and the first SmolVLM."""
     from sae_lens_multimodal.adapters.idefics3 import Idefics3
 
     return Idefics3
@@ -80,7 +80,7 @@ def idefics3() -> type[Family]:
 
 @family("smolvlm")
 def smolvlm() -> type[Family]:
-    """SmolVLM and SmolVLM2."""
+    """SmolVLM2."""
     from sae_lens_multimodal.adapters.smolvlm import SmolVlm
 
     return SmolVlm
@@ -88,7 +88,7 @@ def smolvlm() -> type[Family]:
 
 @family("internvl")
 def internvl() -> type[Family]:
-    """InternVL 2.5, 3 and 3.5, as ported to transformers."""
+    """InternVL 3, as ported to transformers."""
     from sae_lens_multimodal.adapters.internvl import InternVl
 
     return InternVl
@@ -108,3 +108,43 @@ def paligemma() -> type[Family]:
     from sae_lens_multimodal.adapters.paligemma import PaliGemma
 
     return PaliGemma
+
+
+@family("glm4v")
+def glm4v() -> type[Family]:
+    """GLM-4.1V."""
+    from sae_lens_multimodal.adapters.glm4v import Glm4v
+
+    return Glm4v
+
+
+@family("glm46v")
+def glm46v() -> type[Family]:
+    """GLM-4.6V."""
+    from sae_lens_multimodal.adapters.glm46v import Glm46V
+
+    return Glm46V
+
+
+@family("mistral3")
+def mistral3() -> type[Family]:
+    """Mistral 3 (Mistral Small 3.1 and 3.2)."""
+    from sae_lens_multimodal.adapters.mistral3 import Mistral3
+
+    return Mistral3
+
+
+@family("qwen3_vl_moe")
+def qwen3_vl_moe() -> type[Family]:
+    """Qwen3-VL with mixtures of experts."""
+    from sae_lens_multimodal.adapters.qwen3_vl_moe import Qwen3VlMoe
+
+    return Qwen3VlMoe
+
+
+@family("qwen3_5")
+def qwen3_5() -> type[Family]:
+    """Qwen3.5."""
+    from sae_lens_multimodal.adapters.qwen3_5 import Qwen35
+
+    return Qwen35

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -58,7 +59,7 @@ class Family(ABC):
     """Further inputs with a number for each token, such as `token_type_ids`; 0 stands for text and padding."""
     media_modules: ClassVar[tuple[str, ...]]
     """Paths of the modules whose batch dimension counts pieces of pictures instead of prompts."""
-    old_paths: ClassVar[Mapping[str, str]]
+    old_paths: ClassVar[Mapping[str, str]] = MappingProxyType({})
     """Beginnings of module paths in older versions of transformers, and what they are now."""
     final_norm: ClassVar[str]
     """Path of the norm before the unembedding."""

@@ -12,13 +12,21 @@ from sae_lens_multimodal.adapters.idefics_tiles import IdeficsTiles, tiny_idefic
 
 @final
 class Idefics3(IdeficsTiles):
-    """Idefics3: tiles of 364 pixels, 169 tokens each."""
+    """Idefics3, and the first SmolVLM, which transformers runs as Idefics3."""
 
     model_type: ClassVar[str] = "idefics3"
     released: ClassVar[tuple[Released, ...]] = (
         Released(
             names=("HuggingFaceM4/Idefics3-8B-Llama3",),
             structure={"tile": 364, "longest_edge": 4 * 364, "patch_size": 14, "scale_factor": 2},
+        ),
+        Released(
+            names=("HuggingFaceTB/SmolVLM-256M-Instruct", "HuggingFaceTB/SmolVLM-500M-Instruct"),
+            structure={"tile": 512, "longest_edge": 4 * 512, "patch_size": 16, "scale_factor": 4},
+        ),
+        Released(
+            names=("HuggingFaceTB/SmolVLM-Instruct",),
+            structure={"tile": 384, "longest_edge": 4 * 384, "patch_size": 14, "scale_factor": 3},
         ),
     )
 

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.idefics3.image_processing_pil_idefics3 import get_resize_output_image_size
 
 from sae_lens_multimodal.adapters.family import Family, ImageTokens
@@ -32,6 +31,7 @@ from sae_lens_multimodal.adapters.random_models import (
     tiny_tower,
     word_tokenizer,
 )
+from sae_lens_multimodal.adapters.scanning import features_for_pictures
 from sae_lens_multimodal.adapters.tiles import Tile
 from sae_lens_multimodal.errors import LayoutError
 from sae_lens_multimodal.types import Modality
@@ -123,16 +123,8 @@ class IdeficsTiles(Family):
         }
 
     def scan_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """Give the pictures' features instead of the pictures, without which the language model can be scanned.
-
-        How many tiles there are is read by the model from the pixels, so that its vision tower cannot run without them.
-        """
-        if inputs.get("pixel_values") is None:
-            return dict(inputs)
-        count = int((inputs["input_ids"] == self.image_token_id).sum())
-        features = BaseModelOutputWithPooling(pooler_output=[torch.zeros(count, self.d_model)])  # type: ignore[arg-type]
-        rest = {name: value for name, value in inputs.items() if name not in self.media_keys}
-        return {**rest, "mm_encoder_outputs": {"image": features}}
+        """Give features in place of pictures, for the model reads from their pixels how many tiles there are."""
+        return dict(inputs) if inputs.get("pixel_values") is None else features_for_pictures(self, inputs)
 
 
 def _filled(tiles: Tensor, count: int) -> Tensor:

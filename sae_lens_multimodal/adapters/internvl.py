@@ -1,4 +1,4 @@
-"""The InternVL family, 2.5 and up, as ported to transformers: tiles, then a thumbnail of the whole picture."""
+"""The InternVL 3 family, as ported to transformers: tiles, then a thumbnail of the whole picture."""
 
 from __future__ import annotations
 

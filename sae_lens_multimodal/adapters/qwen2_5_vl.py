@@ -47,7 +47,7 @@ class Qwen25Vl(QwenVision):
         if grids is None:
             return given
         order, lengths = get_vision_window_index(
-            torch.as_tensor(grids), self.merge, int(vision.window_size), int(vision.patch_size)
+            torch.as_tensor(grids).cpu(), self.merge, int(vision.window_size), int(vision.patch_size)
         )
         return {**given, "image_window_index": order, "image_cu_window_seqlens": lengths.numpy()}
 

@@ -7,24 +7,27 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from jaxtyping import Int, Int64
+from PIL import Image
 from torch import Tensor
 from transformers import Qwen2VLImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position_ids
 
 from sae_lens_multimodal.adapters.family import Family, ImageTokens
+from sae_lens_multimodal.adapters.grid import before_resize, grid_edges, whole_picture
 from sae_lens_multimodal.adapters.hook_points import BlockModules, HookPoint, Part, block_parts
 from sae_lens_multimodal.adapters.modules import LANGUAGE, RMS_NORMALIZED, embedding_hook, language_hooks, llama_block
 from sae_lens_multimodal.adapters.processors import without_video
 from sae_lens_multimodal.adapters.random_models import CHAT_TEMPLATE, CONTROL, finished, tiny_text, word_tokenizer
-from sae_lens_multimodal.errors import LayoutError
+from sae_lens_multimodal.errors import ImageError, LayoutError
 from sae_lens_multimodal.types import Modality
 
 VISION = "model.visual"
 MERGER = f"{VISION}.merger"
+MAX_ASPECT = 200
+"""By how much the sides of a picture may differ, as transformers has it."""
 
 
 class QwenVision(Family):
@@ -38,9 +41,19 @@ class QwenVision(Family):
     media_keys: ClassVar[tuple[str, ...]] = ("pixel_values", "image_grid_thw")
     token_keys: ClassVar[tuple[str, ...]] = ("mm_token_type_ids",)
     media_modules: ClassVar[tuple[str, ...]] = (VISION,)
-    old_paths: ClassVar[Mapping[str, str]] = {"visual.": f"{VISION}.", "model.layers.": f"{LANGUAGE}.layers."}
+    old_paths: ClassVar[Mapping[str, str]] = {
+        "visual.": f"{VISION}.",
+        "model.layers.": f"{LANGUAGE}.layers.",
+        "model.embed_tokens": f"{LANGUAGE}.embed_tokens",
+        "model.norm": f"{LANGUAGE}.norm",
+    }
     final_norm: ClassVar[str] = f"{LANGUAGE}.norm"
     unembedding: ClassVar[str] = "lm_head"
+
+    end_names: ClassVar[tuple[str, str]] = ("vision_start_token_id", "vision_end_token_id")
+    """What the configuration calls the tokens around a picture."""
+    embedding: ClassVar[str] = "patch_embed"
+    """The module in the vision tower whose output is what its first block is given, or the last before it."""
 
     @property
     def merge(self) -> int:
@@ -49,10 +62,7 @@ class QwenVision(Family):
 
     def markers(self) -> Mapping[int, Modality]:
         """Return the tokens around a picture."""
-        return {
-            int(self.config.vision_start_token_id): Modality.SPECIAL,
-            int(self.config.vision_end_token_id): Modality.SPECIAL,
-        }
+        return {int(getattr(self.config, name)): Modality.SPECIAL for name in self.end_names}
 
     def image_tokens(self, width: int, height: int) -> ImageTokens:
         """Return how the blocks of a picture of this size lie in it, row by row.
@@ -66,8 +76,31 @@ class QwenVision(Family):
                 f"the image processor makes patches of {images.patch_size} pixels in blocks of {images.merge_size}, "
                 f"the model expects {vision.patch_size} and {vision.spatial_merge_size}; load them from one checkpoint."
             )
-        limits = (images.size["shortest_edge"], images.size["longest_edge"]) if images.do_resize else None
-        return _image_tokens(width, height, int(images.patch_size) * int(images.merge_size), limits)
+        resized = self.resized(width, height) if images.do_resize else (height, width)
+        return _image_tokens(width, height, resized, int(images.patch_size) * int(images.merge_size))
+
+    def resized(self, width: int, height: int) -> tuple[int, int]:
+        """Return the (height, width) to which the image processor resizes a picture."""
+        images = self.processor.image_processor
+        factor = int(images.patch_size) * int(images.merge_size)
+        found: tuple[int, int] = smart_resize(
+            height, width, factor, images.size["shortest_edge"], images.size["longest_edge"]
+        )
+        return found
+
+    def processor_images(self, images: Sequence[Sequence[Image.Image]]) -> Any:  # noqa: ANN401 - the processor's form
+        """Return the pictures of all prompts in one list.
+
+        Raises:
+            ImageError: a picture is too long for its width, or too wide for its height.
+        """
+        for width, height in (picture.size for row in images for picture in row):
+            if max(width, height) > MAX_ASPECT * min(width, height):
+                raise ImageError(
+                    f"a picture of {width} x {height} pixels has sides that differ by a factor of more than "
+                    f"{MAX_ASPECT}, which the model's processor refuses; cut it into parts."
+                )
+        return super().processor_images(images)
 
     def media_rows(self, inputs: Mapping[str, Any]) -> int:
         """Return the number of patches of all pictures."""
@@ -86,7 +119,7 @@ class QwenVision(Family):
         grids = inputs.get("image_grid_thw")
         if grids is None:
             return dict(inputs)
-        grids = torch.as_tensor(grids)
+        grids = torch.as_tensor(grids).cpu()
         # transformers reads these two as plain numbers, which numpy's arrays keep on being
         plain = {"image_grid_thw": grids.numpy(), "image_cu_seqlens": get_vision_cu_seqlens(grids).numpy()}
         # shapes do not depend on the numbers here
@@ -97,7 +130,8 @@ class QwenVision(Family):
         """Return all named hooks in the order in which a forward pass reaches them."""
         vision = self.config.vision_config
         block = self.vision_block()
-        points = [Part("hook_embed", "patch_embed", d=block.width).at(prefix="vision.", path=VISION, tower="vision")]
+        embed = Part("hook_embed", self.embedding, d=block.width)
+        points = [embed.at(prefix="vision.", path=VISION, tower="vision")]
         for index in range(vision.depth):
             points += [
                 part.at(prefix=f"vision.blocks.{index}.", path=f"{VISION}.blocks.{index}", tower="vision", layer=index)
@@ -105,8 +139,15 @@ class QwenVision(Family):
             ]
             points += self.after_vision_block(index)
         points += [part.at(prefix="projector.", path=MERGER, tower="projector") for part in self.merger_parts()]
-        text = self.config.text_config
-        return (*embedding_hook(text), *points, *language_hooks(text, llama_block(text)))
+        return (*embedding_hook(self.config.text_config), *points, *self.language_points())
+
+    def language_points(self) -> Sequence[HookPoint]:
+        """Return the hooks of the language model after its embeddings."""
+        return language_hooks(self.config.text_config, self.text_block())
+
+    def text_block(self) -> BlockModules:
+        """Return the modules of a block of the language model."""
+        return llama_block(self.config.text_config)
 
     def vision_block(self) -> BlockModules:
         """Return the modules of a block of the vision tower."""
@@ -160,20 +201,10 @@ def _with_fused(block: BlockModules) -> Iterator[Part]:
 
 
 @lru_cache(maxsize=256)
-def _image_tokens(width: int, height: int, factor: int, limits: tuple[int, int] | None) -> ImageTokens:
-    resized = (height, width) if limits is None else smart_resize(height, width, factor, *limits)
-    rows, columns = resized[0] // factor, resized[1] // factor
-    y = np.arange(rows + 1, dtype=np.float64) * (factor * height / resized[0])
-    x = np.arange(columns + 1, dtype=np.float64) * (factor * width / resized[1])
-    boxes = np.empty((rows, columns, 4), dtype=np.float32)
-    boxes[..., 0], boxes[..., 2] = x[None, :-1], x[None, 1:]
-    boxes[..., 1], boxes[..., 3] = y[:-1, None], y[1:, None]
-    count = rows * columns
-    return ImageTokens(
-        modality=np.full(count, Modality.IMAGE, dtype=np.int8),
-        boxes=boxes.reshape(-1, 4),
-        tile=np.zeros(count, dtype=np.int64),
-    )
+def _image_tokens(width: int, height: int, resized: tuple[int, int], block: int) -> ImageTokens:
+    y = before_resize(grid_edges(resized[0] // block, block), height, resized[0])
+    x = before_resize(grid_edges(resized[1] // block, block), width, resized[1])
+    return whole_picture(y, x, width, height)
 
 
 def with_gated_mlp(block: BlockModules, vision: Any) -> BlockModules:  # noqa: ANN401 - a transformers config
@@ -194,6 +225,9 @@ def tiny_qwen(
     seed: int,
     vision: Mapping[str, Any],
     *,
+    text: Mapping[str, Any] | None = None,
+    image_processor_class: Any = Qwen2VLImageProcessorPil,  # noqa: ANN401
+    end_names: tuple[str, str] = QwenVision.end_names,
     patch_size: int = 4,
     min_pixels: int = 32 * 32,
     max_pixels: int = 64 * 64,
@@ -205,28 +239,30 @@ def tiny_qwen(
         processor_class: the processor's class.
         seed: of the weights.
         vision: settings of the vision tower.
+        text: further settings of the language model.
+        image_processor_class: the class of its image processor.
+        end_names: what the configuration calls the tokens around a picture.
         patch_size: side of a patch in pixels; four make a token.
         min_pixels: smaller pictures are enlarged to about this many pixels.
         max_pixels: larger pictures are shrunk to about this many pixels.
     """
     tokenizer = word_tokenizer((*CONTROL, "<vision_start>", "<vision_end>"))
     image, start, end = tokenizer.convert_tokens_to_ids(["<image>", "<vision_start>", "<vision_end>"])
-    text = tiny_text(tokenizer)
-    text |= {
-        "head_dim": text["hidden_size"] // text["num_attention_heads"],
+    common = tiny_text(tokenizer)
+    common |= {
+        "head_dim": common["hidden_size"] // common["num_attention_heads"],
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 2, 2]},
     }
     config = model_class.config_class(
-        text_config=text,
+        text_config=common | dict(text or {}),
         vision_config={"depth": 2, "num_heads": 2, "patch_size": patch_size} | dict(vision),
         image_token_id=image,
         video_token_id=tokenizer.unk_token_id,
-        vision_start_token_id=start,
-        vision_end_token_id=end,
         architectures=[model_class.__name__],
+        **dict(zip(end_names, (start, end), strict=True)),
     )
     processor = without_video(processor_class)(
-        Qwen2VLImageProcessorPil(size={"shortest_edge": min_pixels, "longest_edge": max_pixels}, patch_size=patch_size),
+        image_processor_class(size={"shortest_edge": min_pixels, "longest_edge": max_pixels}, patch_size=patch_size),
         tokenizer,
         chat_template=CHAT_TEMPLATE.replace("<image> ", "<vision_start><image><vision_end> "),
     )

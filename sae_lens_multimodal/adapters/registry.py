@@ -35,9 +35,9 @@ def family(model_type: str) -> Callable[[FamilyFactory], FamilyFactory]:
     return register
 
 
-def registered_families() -> list[str]:
-    """Return the model types that have an adapter, built in or from an entry point."""
-    return sorted(_all_factories())
+def registered_families(*, built_in: bool = False) -> list[str]:
+    """Return the model types that have an adapter, built in or, unless `built_in`, from an entry point."""
+    return sorted(_factories if built_in and _all_factories() else _all_factories())
 
 
 def find_family(model_type: str, *, name: str = "the model") -> type[Family]:

@@ -1,4 +1,4 @@
-"""The SmolVLM family: SmolVLM and SmolVLM2, built like Idefics3."""
+"""The SmolVLM2 family, built like Idefics3."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sae_lens_multimodal.adapters.idefics_tiles import IdeficsTiles, tiny_idefic
 
 @final
 class SmolVlm(IdeficsTiles):
-    """SmolVLM: Idefics3 with smaller tiles and larger blocks of patches."""
+    """SmolVLM2: Idefics3 with larger blocks of patches. The first SmolVLM is of the kind `idefics3`."""
 
     model_type: ClassVar[str] = "smolvlm"
     released: ClassVar[tuple[Released, ...]] = (

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -14,12 +14,15 @@ from sae_lens_multimodal.autointerp.dealing import Dealer, Views
 from sae_lens_multimodal.autointerp.explanation import Candidate, Explanation, ModalityName, Shown
 from sae_lens_multimodal.autointerp.judges.base import Judge, JudgeFailure, JudgeRequest
 from sae_lens_multimodal.autointerp.metrics import balanced_accuracy
-from sae_lens_multimodal.autointerp.negatives import Embed, HardNegatives
+from sae_lens_multimodal.autointerp.negatives import HardNegatives
 from sae_lens_multimodal.autointerp.procedures import Context, Procedure, unparsable
 from sae_lens_multimodal.autointerp.prompts import Meaning
 from sae_lens_multimodal.autointerp.scorers import FuzzingScorer, Item
 from sae_lens_multimodal.autointerp.selection import split_examples
 from sae_lens_multimodal.errors import ConfigError
+
+if TYPE_CHECKING:
+    from sae_lens_multimodal.features.embedding import Embed
 
 N_FINALISTS = 2
 """So many of the candidates that are tried together are tried on all items; the others on half of them."""

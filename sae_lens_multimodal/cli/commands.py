@@ -10,13 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 from sae_lens_multimodal.cli.autointerp import EXPLANATIONS_FOLDER, SCORES_FOLDER, calibrate, explain, score
 from sae_lens_multimodal.cli.concepts import concepts
+from sae_lens_multimodal.cli.editing import edit
 from sae_lens_multimodal.cli.options import parse_changes
+from sae_lens_multimodal.cli.tracing import trace
 from sae_lens_multimodal.errors import ConfigError, StoreError
 
 if TYPE_CHECKING:
     from sae_lens import SAE
 
     from sae_lens_multimodal.adapters.model import VisionLanguageModel
+    from sae_lens_multimodal.data.mixture import Mixture
 
 
 def demo(options: Namespace) -> None:
@@ -100,13 +103,15 @@ def _truth_lines(model: VisionLanguageModel, saes: dict[str, Any], options: Name
 
 def harvest(options: Namespace) -> None:
     """Find the examples and statistics of every feature."""
+    from sae_lens_multimodal.features.describe import describe_features
     from sae_lens_multimodal.features.harvest import harvest as run
+    from sae_lens_multimodal.features.near import NEAR_BITS
 
     model, sae = _model_and_sae(options)
     store = run(
         model,
         sae,
-        options.dataset,
+        options.dataset if options.mixture is None else _mixture(options),
         options.output,
         hook_name=options.hook,
         n_top=options.n_top,
@@ -115,9 +120,30 @@ def harvest(options: Namespace) -> None:
         max_prompts=options.max_prompts,
         split=options.split,
         keep_images=options.keep_images,
+        near_bits=None if options.exact_pictures else NEAR_BITS,
         seed=options.seed,
+        n_workers=options.workers,
     )
+    if options.describe:
+        describe_features(model, sae, store)
     _print(f"{len(store.features)} of {store.d_sae} features fired; their examples are in {store.folder.resolve()}")
+
+
+def _mixture(options: Namespace) -> Mixture:
+    """Open the datasets that a YAML file names: a list of entries, or `dataset_mixture` in a training config."""
+    import yaml
+
+    from sae_lens_multimodal.data.mixture import open_mixture
+
+    try:
+        found = yaml.safe_load(options.mixture.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{options.mixture} cannot be read as YAML: {' '.join(str(error).split())}") from error
+    entries = found.get("dataset_mixture") if isinstance(found, dict) else found
+    if not isinstance(entries, list):
+        raise ConfigError(f"{options.mixture} holds no list; expected entries with path and weight.")
+    stop = found.get("mixture_stop", "all_exhausted") if isinstance(found, dict) else "all_exhausted"
+    return open_mixture(entries, seed=options.seed, stop=stop, split=options.split)
 
 
 def report(options: Namespace) -> None:
@@ -233,7 +259,9 @@ COMMANDS: dict[str, Callable[[Namespace], None]] = {
     "report": report,
     "steer": steer,
     "attribute": attribute,
+    "trace": trace,
     "concepts": concepts,
+    "edit": edit,
 }
 
 

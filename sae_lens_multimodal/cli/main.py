@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sae_lens_multimodal.cli.concepts import add_concepts
+from sae_lens_multimodal.cli.editing import add_edit
+from sae_lens_multimodal.cli.tracing import add_trace
 from sae_lens_multimodal.errors import MultimodalError
 
 EPILOG = "Every command is a thin face of one public function; README.md says which. COMMAND --help shows its options."
@@ -35,7 +37,9 @@ def build_parser() -> argparse.ArgumentParser:
     _add_report(commands)
     _add_steer(commands)
     _add_attribute(commands)
+    add_trace(commands)
     add_concepts(commands)
+    add_edit(commands)
     return parser
 
 
@@ -104,7 +108,9 @@ def _add_evaluate(commands: Commands[argparse.ArgumentParser]) -> None:
 def _add_harvest(commands: Commands[argparse.ArgumentParser]) -> None:
     harvest = commands.add_parser("harvest", help="top examples and statistics of every feature, in one pass")
     _add_model(harvest)
-    harvest.add_argument("--dataset", required=True, help="hub name, folder, or .parquet/.json file")
+    source = harvest.add_mutually_exclusive_group(required=True)
+    source.add_argument("--dataset", help="hub name, folder, or .parquet/.json file")
+    source.add_argument("--mixture", type=Path, metavar="FILE.yaml", help="several: dataset_mixture as train takes it")
     harvest.add_argument("--split", default="train", help="split of the dataset (default: %(default)s)")
     harvest.add_argument("--output", type=Path, required=True, help="folder of the feature store")
     harvest.add_argument("--max-prompts", type=int, help="stop after this many prompts")
@@ -112,6 +118,13 @@ def _add_harvest(commands: Commands[argparse.ArgumentParser]) -> None:
     harvest.add_argument("--n-top", type=int, default=16, help="top examples a feature (default: %(default)s)")
     harvest.add_argument("--rank", choices=("max", "mean"), default="max", help="by what the top is chosen")
     harvest.add_argument("--keep-images", choices=("bytes", "reference"), default="bytes")
+    harvest.add_argument("--exact-pictures", action="store_true", help="do not take near-duplicate pictures for one")
+    harvest.add_argument("--workers", type=int, default=2, help="threads that prepare pictures (default: %(default)s)")
+    harvest.add_argument(
+        "--describe",
+        action="store_true",
+        help="then also compare crops, neighbours and co-firing features, and find the output tokens of each feature",
+    )
     harvest.add_argument("--seed", type=int, default=0)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from sae_lens_multimodal.errors import ConfigError
 from sae_lens_multimodal.hooks.concept_sae import nonnegative_codes
 
-_LAST_SWEEPS = 100
+_LAST_SWEEPS = 200
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from sae_lens_multimodal.adapters.model import VisionLanguageModel
 from sae_lens_multimodal.editing.edit import DenseChange, Edit
@@ -54,6 +55,7 @@ def fine_tune(
     *,
     layer: int,
     settings: FineTuneSettings | None = None,
+    progress: bool = False,
 ) -> Edit:
     """Fine-tune the down projection of one layer until prompts are answered with a target; the model is left as it was.
 
@@ -66,7 +68,7 @@ def fine_tune(
     about = Prompts.encode(model, prompts, -1, settings.batch_size)
     objective = Objective(model, place, about, wanted_ids(model, target, end=settings.end), whole_layer=True)
     weight = place.module.weight.detach()
-    found, steps, probability = _descend(objective, place.module, settings)
+    found, steps, probability = _descend(objective, place.module, settings, progress)
     change = DenseChange(
         path=place.path, layer=layer, fingerprint=fingerprint(weight), whole=(found - weight.float()).cpu()
     )
@@ -81,7 +83,9 @@ def fine_tune(
     return Edit(changes=(change,), target=target, method="fine_tuning", layers=(layer,), record=record)
 
 
-def _descend(objective: Objective, module: nn.Linear, settings: FineTuneSettings) -> tuple[Tensor, int, float]:
+def _descend(
+    objective: Objective, module: nn.Linear, settings: FineTuneSettings, progress: bool
+) -> tuple[Tensor, int, float]:
     """Run Adam on a copy of the weight in float32, which stands in for the layer's own."""
     start = module.weight.detach().float()
     unit = float(start.square().mean().sqrt())
@@ -92,14 +96,16 @@ def _descend(objective: Objective, module: nn.Linear, settings: FineTuneSettings
         return nn.functional.linear(inputs.float(), copied, bias).to(output.dtype)
 
     adam = torch.optim.Adam([copied], lr=settings.learning_rate * unit)
-    for step in range(settings.max_steps + 1):
+    for step in tqdm(range(settings.max_steps), desc="fine-tuning", disable=not progress):
         with rewritten(module, rewrite):
             gradient, logs = objective.gradient(copied, None)
-        if float(logs.exp().min()) >= settings.enough or step == settings.max_steps:
+        if float(logs.exp().min()) >= settings.enough:
             return copied.detach(), step, float(logs.exp().mean())
         copied.grad = gradient
         adam.step()
         if settings.bound is not None:
             with torch.no_grad():
                 copied.clamp_(start - settings.bound * unit, start + settings.bound * unit)
-    raise AssertionError("unreachable")
+    with rewritten(module, rewrite):
+        _, logs = objective.gradient(copied, None)
+    return copied.detach(), settings.max_steps, float(logs.exp().mean())

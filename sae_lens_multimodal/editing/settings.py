@@ -12,13 +12,13 @@ from sae_lens_multimodal.errors import ConfigError
 class EditSettings:
     """Settings of `compute_edit`. Lengths are in units of the MLP's own output, so that they suit any model."""
 
-    max_steps: int = 60
+    max_steps: int = 80
     """Steps of Adam for the value."""
-    learning_rate: float = 0.5
+    learning_rate: float = 0.3
     """Step size, in units of the root mean square of the MLP's output at the constraint's last token."""
     enough: float = 0.98
     """Stop once every prompt gives the whole target at least this probability."""
-    clamp: float | None = 10.0
+    clamp: float | None = 20.0
     """The value's change is at most this many times as long as the MLP's own output there; None for any length."""
     weight_decay: float = 0.0
     """Weight of the squared length of the change, in the same unit, in the loss."""

@@ -188,19 +188,24 @@ def find_value(
     adam = torch.optim.Adam([x], lr=settings.learning_rate)
     before = objective.before().exp()
     logs, steps, clamped = objective.before(), 0, False
+    best, best_mean = x.detach().clone(), -float("inf")
     bar = tqdm(total=settings.max_steps, desc="value", disable=not progress)
     for step in range(settings.max_steps + 1):
         change = (x.detach() * unit).requires_grad_()
-        gradient, logs = objective.gradient(change, change)
-        steps = step
-        if float(logs.exp().min()) >= settings.enough or step == settings.max_steps:
+        gradient, found = objective.gradient(change, change)
+        if float(found.mean()) > best_mean:
+            best, best_mean, logs = x.detach().clone(), float(found.mean()), found
+            steps = step
+        if float(found.exp().min()) >= settings.enough or step == settings.max_steps:
             break
+        for group in adam.param_groups:
+            group["lr"] = settings.learning_rate * (1 - 0.9 * step / settings.max_steps)
         x.grad = gradient * unit + settings.weight_decay * 2 * x.detach() / len(x)
         adam.step()
         clamped = _clamp(x, settings.clamp)
         bar.update()
     bar.close()
-    change = x.detach() * unit
+    change = best * unit
     return Value(
         change=change,
         length=float(change.norm()) / length,

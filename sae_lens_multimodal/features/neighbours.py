@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from jaxtyping import Float32, Int64
-from sae_lens import SAE
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from sae_lens import SAE
 
 _BLOCK_ELEMENTS = 1 << 26
 """So many cosines exist at a time: 256 MiB in float32."""

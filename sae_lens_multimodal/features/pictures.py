@@ -12,7 +12,7 @@ from PIL import Image
 from sae_lens_multimodal.data.stream import read_prompts
 from sae_lens_multimodal.errors import StoreError
 from sae_lens_multimodal.features.hashing import image_id as name_of
-from sae_lens_multimodal.features.schema import IMAGES, StorePaths
+from sae_lens_multimodal.features.schema import IMAGES, StorePaths, of_version
 from sae_lens_multimodal.features.tables import SortedTable
 from sae_lens_multimodal.files import write_bytes
 
@@ -33,10 +33,10 @@ def keep_picture(paths: StorePaths, image_id: str, picture: Image.Image) -> None
 class PictureSource:
     """Opens pictures by their content names."""
 
-    def __init__(self, paths: StorePaths, dataset: object) -> None:
+    def __init__(self, paths: StorePaths, dataset: object, version: int) -> None:
         self._paths = paths
         self._dataset = dataset
-        self._table = SortedTable(paths.table("images"), IMAGES, "image_id")
+        self._table = SortedTable(paths.table("images"), of_version(IMAGES, version), "image_id")
         self.open = lru_cache(maxsize=_CACHED_PICTURES)(self._open)
 
     def path(self, image_id: str) -> Path | None:
@@ -46,8 +46,8 @@ class PictureSource:
 
     def first_like(self, image_id: str) -> str | None:
         """Content name of the first picture that looked like one; None where the store does not hold it."""
-        rows = self._table.rows(image_id)
-        return str(rows["near_id"][0]) if rows.num_rows else None
+        rows = self._table.rows(image_id).to_pylist()
+        return rows[0].get("near_id", image_id) if rows else None
 
     def _row(self, image_id: str) -> dict[str, Any]:
         rows: list[dict[str, Any]] = self._table.rows(image_id).to_pylist()

@@ -12,6 +12,8 @@ DESCRIBED_KIND: Final = "described-features"
 DESCRIBED_VERSION: Final = 1
 PROGRESS_KIND: Final = "feature-store-in-progress"
 SCHEMA_VERSION: Final = 2
+FIRST_VERSION: Final = 1
+"""Stores of this version do not know which pictures look alike, and are still read."""
 
 Kind: TypeAlias = Literal["top", "ordinary", "silent"]
 ModalityName: TypeAlias = Literal["image", "text"]
@@ -111,6 +113,16 @@ DESCRIBED: Final = pa.schema(
     ]
 )
 """Of `described/features.parquet`, which a store has once its features were described."""
+
+_SINCE_FIRST: Final = frozenset({"near_id", "near_ids"})
+
+
+def of_version(schema: pa.Schema, version: int) -> pa.Schema:
+    """A table's columns in a store of some version."""
+    if version != FIRST_VERSION:
+        return schema
+    return pa.schema([column for column in schema if column.name not in _SINCE_FIRST])
+
 
 TABLES: Final = {"statistics": STATISTICS, "examples": EXAMPLES, "prompts": PROMPTS, "images": IMAGES}
 

@@ -23,6 +23,7 @@ from sae_lens_multimodal.features.histogram import quantile_of_histogram
 from sae_lens_multimodal.features.pictures import PictureSource
 from sae_lens_multimodal.features.records import layout_of_row
 from sae_lens_multimodal.features.schema import (
+    FIRST_VERSION,
     KINDS,
     MODALITIES,
     PROMPTS,
@@ -33,9 +34,10 @@ from sae_lens_multimodal.features.schema import (
     Kind,
     ModalityName,
     StorePaths,
+    of_version,
 )
 from sae_lens_multimodal.features.tables import SortedTable
-from sae_lens_multimodal.files import read_manifest
+from sae_lens_multimodal.files import MANIFEST_NAME, read_json, read_manifest
 
 if TYPE_CHECKING:
     from sae_lens import SAE
@@ -58,9 +60,10 @@ class FeatureStore:
         self.statistics: pa.Table = self._read_statistics()
         self._row_of = {feature: row for row, feature in enumerate(self.statistics["feature"].to_pylist())}
         self._examples = SortedTable(self.paths.table("examples"), TABLES["examples"], "feature")
-        self._prompts = SortedTable(self.paths.table("prompts"), PROMPTS, "prompt_id")
+        version = int(manifest["schema_version"])
+        self._prompts = SortedTable(self.paths.table("prompts"), of_version(PROMPTS, version), "prompt_id")
         self._dataset = dataset
-        self._pictures = PictureSource(self.paths, dataset)
+        self._pictures = PictureSource(self.paths, dataset, version)
         self.descriptions = Descriptions(self.paths) if Descriptions.exist(self.paths) else None
         """What `describe_features` found out; None where it was not run."""
         self.prompt = lru_cache(maxsize=_CACHED_PROMPTS)(self._read_prompt)
@@ -79,7 +82,7 @@ class FeatureStore:
         folder = Path(folder)
         if StorePaths(folder).progress.is_dir():
             raise StoreError(f"{folder} holds an unfinished harvest; run the same harvest again to complete it.")
-        return cls(folder, read_manifest(folder, kind=STORE_KIND, schema_version=SCHEMA_VERSION), dataset)
+        return cls(folder, _manifest(folder), dataset)
 
     def reopened(self) -> Self:
         """The store as it lies on disk now, with the same dataset."""
@@ -252,7 +255,7 @@ class FeatureStore:
             layout=layout_of_row(row),
             image_ids=row["image_ids"],
             open_image=self.image,
-            near_ids=row["near_ids"],
+            near_ids=row.get("near_ids", row["image_ids"]),
         )
 
     def image(self, image_id: str) -> Image.Image:
@@ -278,6 +281,14 @@ class FeatureStore:
         if not table.schema.equals(schema):
             raise StoreError(f"{path} has other columns or types than this version of the package reads.")
         return table
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    """Read the manifest of a store of this version or of the first."""
+    path = folder / MANIFEST_NAME
+    known = read_json(path) if path.is_file() else {}
+    is_first = isinstance(known, dict) and known.get("schema_version") == FIRST_VERSION
+    return read_manifest(folder, kind=STORE_KIND, schema_version=FIRST_VERSION if is_first else SCHEMA_VERSION)
 
 
 def _ranked(rows: Sequence[dict[str, Any]], kind: Kind, modality: ModalityName) -> list[dict[str, Any]]:

@@ -24,19 +24,19 @@ def nonnegative_codes(
     gram: Float[Tensor, "k k"],
     *,
     l1: float = 0.0,
-    n_sweeps: int = 100,
+    n_sweeps: int = 200,
     start: Float[Tensor, "n k"] | None = None,
 ) -> Float[Tensor, "n k"]:
     """Minimise ½‖x - vU‖² + l1 Σv over v ≥ 0 for every row by coordinate descent, given xUᵀ and UUᵀ only.
 
-    A fixed number of sweeps over the concepts, each concept for all rows at once, so that a row's code does not depend
-    on the rows beside it.
+    Sweeps over the concepts, each concept for all rows at once; they end early only where no code of any row moves any
+    more, so that a row's code does not depend on the rows beside it.
 
     Args:
         scores: xUᵀ.
         gram: UUᵀ.
         l1: weight of the codes' sum.
-        n_sweeps: how often every concept's code is set to its optimum, the others held.
+        n_sweeps: how often at most every concept's code is set to its optimum, the others held.
         start: codes to begin with; none: zeros.
 
     Example:
@@ -48,7 +48,9 @@ def nonnegative_codes(
     codes = codes.contiguous()
     slopes = (scores.T - l1 - gram @ codes).contiguous()
     columns = list(gram.unbind(1))
+    still = 8 * torch.finfo(codes.dtype).eps
     for _ in range(n_sweeps):
+        before = codes.clone()
         for concept, size in enumerate(sizes):
             if size <= 0:
                 continue
@@ -56,6 +58,8 @@ def nonnegative_codes(
             step = torch.add(now, slopes[concept], alpha=1 / size).clamp_min_(0).sub_(now)
             now.add_(step)
             slopes.addr_(columns[concept], step, alpha=-1)
+        if not codes.numel() or bool((codes - before).abs().amax() <= still * codes.amax()):
+            break
     return codes.T.contiguous()
 
 
@@ -95,8 +99,8 @@ class ConceptDictionarySAEConfig(SAEConfig):
     """How tokens are encoded."""
     l1: float = 0.0
     """Weight of the codes' sum, in the unit of the activations."""
-    n_sweeps: int = 100
-    """Sweeps of the lasso's coordinate descent."""
+    n_sweeps: int = 200
+    """Sweeps of the lasso's coordinate descent, at most."""
 
     @override
     @classmethod
@@ -123,7 +127,8 @@ class ConceptDictionarySAE(SAE[ConceptDictionarySAEConfig]):
     def encode(self, x: Tensor) -> Tensor:
         """Encode activations; gradients flow to them, as the optimum moves with them."""
         sae_in = self.process_sae_in(x)
-        concepts = self.W_dec.to(torch.promote_types(self.W_dec.dtype, torch.float32))
+        # Concepts of one word are much alike: in float32 rounding would show in codes. Apple's GPUs have no float64.
+        concepts = self.W_dec.to(torch.float32 if self.W_dec.device.type == "mps" else torch.float64)
         gram = concepts @ concepts.T
         scores = self.hook_sae_acts_pre(sae_in.to(concepts.dtype) @ concepts.T)
         flat = scores.reshape(-1, scores.shape[-1])

@@ -65,6 +65,6 @@ def best_vector(search: Search, vector: Float[Tensor, " d_in"]) -> tuple[VisionL
     direction = SteeringVector(vector, place.hook_name, name="difference of means")
     tried = []
     for strength in VECTOR_STRENGTHS:
-        model = steer(search.model, direction, Add(strength), tokens=place.tokens, steps=place.steps)
+        model = steer(search.model, direction, Add(strength), tokens=place.tokens, steps=place.steps, if_empty="ignore")
         tried.append((model, strength, search.judge(model)))
     return max(tried, key=lambda one: one[2].score)

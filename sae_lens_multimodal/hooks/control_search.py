@@ -37,7 +37,9 @@ class Place:
     def steered(self, model: VisionLanguageModel, controls: Sequence[Control]) -> VisionLanguageModel:
         """Return the model with controls applied."""
         changes = {one.feature: one.change() for one in controls}
-        return steer(model, self.sae, changes, tokens=self.tokens, steps=self.steps, hook_name=self.hook_name)
+        return steer(
+            model, self.sae, changes, tokens=self.tokens, steps=self.steps, hook_name=self.hook_name, if_empty="ignore"
+        )
 
 
 class Search:

@@ -168,7 +168,7 @@ class _Runner:
         self.selection = TokenSelection.check(settings["tokens"], settings["steps"], model.family)
         self._short = can_shorten_logits(model)
         # Made before anything runs, so that whatever is wrong is said at once.
-        self.everywhere = steer(model, sae, rows, **settings)
+        self.everywhere = steer(model, sae, rows, if_empty="ignore", **settings)
 
     def logits(
         self, prompt: Conversation, ids: Sequence[int], bar: tqdm[Any]

@@ -15,7 +15,7 @@ from sae_lens_multimodal.adapters.model import VisionLanguageModel
 from sae_lens_multimodal.errors import ConfigError, FeatureError, SelectionError
 from sae_lens_multimodal.hooks.attribute import Prompts, encoded
 from sae_lens_multimodal.hooks.attribution_result import Node, NodeEffect
-from sae_lens_multimodal.hooks.gradients import check_language_hook, flat_heads
+from sae_lens_multimodal.hooks.gradients import check_language_hook, flat_heads, frozen
 from sae_lens_multimodal.hooks.saes import check_features, check_sae, encode_tokens, inference_sae
 from sae_lens_multimodal.hooks.value_parts import ValueParts
 
@@ -92,20 +92,21 @@ def attribute_edges(
         raise ConfigError(f"Got n_edges={n_edges}; expected 1 or more.")
     batch = encoded(model, prompts)
     nodes = _check_targets(downstream, batch, targets)
-    with torch.enable_grad():
+    with torch.enable_grad(), frozen(model._module):
         acts, later = _between(model, batch, early, late)
         plain = inference_sae(downstream)
         activations = [
             encode_tokens(plain, later[node.row, node.token][None], features=[node.feature])[0, 0] for node in nodes
         ]
-        gradients = [_gradient(node, value, acts, late) for node, value in zip(nodes, activations, strict=True)]
-    chosen = batch["attention_mask"].cpu() != 0
-    parts = ValueParts.of(upstream, acts.detach(), chosen)
-    places = chosen.nonzero()
-    return [
-        _edges(upstream, parts, places, node, float(value.detach()), gradient[chosen.to(gradient.device)], n_edges)
-        for node, value, gradient in zip(nodes, activations, gradients, strict=True)
-    ]
+        chosen = batch["attention_mask"].cpu() != 0
+        parts = ValueParts.of(upstream, acts.detach(), chosen)
+        places = chosen.nonzero()
+        found = []
+        for node, value in zip(nodes, activations, strict=True):
+            # one at a time: gradients of all targets together would be many times the activations
+            gradient = _gradient(node, value, acts, late)[chosen.to(acts.device)]
+            found.append(_edges(upstream, parts, places, node, float(value.detach()), gradient, n_edges))
+        return found
 
 
 def _check_targets(sae: SAE[Any], batch: EncodedBatch, targets: Sequence[Node | tuple[int, int, int]]) -> list[Node]:

@@ -52,7 +52,7 @@ def metric_and_gradient(
         The metric of each row, the hook's value, and the metric's gradient there; heads are one dimension.
     """
     inputs = shortened(model, batch, metric.n_last(model))
-    with torch.enable_grad(), _frozen(model._module):
+    with torch.enable_grad(), frozen(model._module):
         with model.trace(**inputs):
             value = model.hooks[hook_name]
             leaf = (flat_heads(value.detach()).float() if replacement is None else replacement).clone().requires_grad_()
@@ -68,7 +68,7 @@ def metric_and_gradient(
 
 
 @contextmanager
-def _frozen(module: nn.Module) -> Iterator[None]:
+def frozen(module: nn.Module) -> Iterator[None]:
     """Let no parameter ask for a gradient, so that nothing is kept in memory for one."""
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     try:

@@ -83,8 +83,12 @@ class BoxTokens:
             ):
                 raise SelectionError(f"Got the box {tuple(box)}; expected finite x0 < x1 and y0 < y1, in pixels.")
 
-    def mask(self, layout: TokenLayout) -> Bool[Tensor, "batch seq"]:
+    def mask(self, layout: TokenLayout, n_prompts: int | None = None) -> Bool[Tensor, "batch seq"]:
         """Return the positions meant.
+
+        Args:
+            layout: of the rows.
+            n_prompts: how many prompts they are of, where beams or samples share one; None for as many as rows.
 
         Raises:
             SelectionError: a box lies outside of its picture, no prompt has such a picture, no patch lies in any box,
@@ -92,8 +96,9 @@ class BoxTokens:
         """
         _check_some_row_has(layout, self.image)
         boxes = self._boxes()
-        if layout.n_rows % len(boxes):
-            raise SelectionError(f"Got {len(boxes)} boxes for {layout.n_rows} prompts; expected one for each.")
+        prompts = n_prompts or layout.n_rows
+        if len(boxes) not in (1, prompts):
+            raise SelectionError(f"Got {len(boxes)} boxes for {prompts} prompts; expected one box, or one for each.")
         mask = torch.zeros(layout.modality.shape, dtype=torch.bool)
         copies = layout.n_rows // len(boxes)
         for row, sizes in enumerate(layout.image_sizes):

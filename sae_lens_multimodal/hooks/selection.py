@@ -53,6 +53,11 @@ class ForwardPass:
     prompt_tokens: int = 0
     """Positions of the prompt, padding included. 0: not known, so that a pass is the prompt or one after it."""
 
+    @property
+    def prompts(self) -> int:
+        """Prompts that its rows are of."""
+        return self.n_prompts or _shape(self)[0]
+
     @classmethod
     def current(cls, model: VisionLanguageModel, step: int, prompt_tokens: int = 0) -> ForwardPass:
         """Wait, within a trace or an edit, for the model's next forward pass.
@@ -166,13 +171,32 @@ class TokenSelection:
         ]
         return torch.cat(whole, dim=1) if len(whole) > 1 else masks[0]
 
+    @property
+    def spelt(self) -> str:
+        """The choice of tokens, for messages."""
+        if isinstance(self.tokens, str):
+            return f"tokens={self.tokens!r}"
+        if isinstance(self.tokens, Tensor):
+            return "The mask" if self.tokens.dtype == torch.bool else f"tokens={self.tokens.tolist()}"
+        return repr(self.tokens) if isinstance(self.tokens, ImageTokens | BoxTokens) else "The function of the layout"
+
+    @property
+    def is_about_prompts(self) -> bool:
+        """Whether nothing can be chosen but tokens of the prompt."""
+        if isinstance(self.tokens, Tensor | ImageTokens | BoxTokens) or self.tokens == "image":
+            return True
+        later = range(1, max(self.steps.stop, 2)) if isinstance(self.steps, range) else (1,)
+        return not any(_includes(self.steps, step) for step in later)
+
     def _mask(self, forward: ForwardPass) -> Bool[Tensor, "batch seq"] | None:
         prefill = forward.step == 0
         if not _includes(self.steps, forward.step):
             return None
         if isinstance(self.tokens, Tensor):
             return _fitted(self.tokens, forward) if prefill else None
-        if isinstance(self.tokens, ImageTokens | BoxTokens):
+        if isinstance(self.tokens, BoxTokens):
+            return self.tokens.mask(layout_of(self.family, forward), forward.prompts) if prefill else None
+        if isinstance(self.tokens, ImageTokens):
             return self.tokens.mask(layout_of(self.family, forward)) if prefill else None
         if callable(self.tokens):
             return _checked_mask(self.tokens(layout_of(self.family, forward)), forward)
@@ -303,15 +327,17 @@ def _fitted(tokens: Tensor, forward: ForwardPass) -> Tensor:
     rows, length = _shape(forward)
     if tokens.dtype == torch.bool:
         whole = tokens if tokens.dim() == 2 else tokens.expand(rows, -1)
-        return _checked_mask(_repeated(whole, rows), forward)
-    outside = (tokens >= length) | (tokens < -length)
-    if bool(outside.any()):
-        raise SelectionError(
-            f"Got position {int(tokens[outside][0])}; the prompt has {length} tokens, so expected {-length} to "
-            f"{length - 1}."
-        )
+        return _checked_mask(_repeated(whole, forward), forward)
     mask = torch.zeros(rows, length, dtype=torch.bool)
-    mask[:, tokens.long().cpu()] = True
+    for row, attended in enumerate(_attention(forward) != 0):
+        places = attended.nonzero()[:, 0]
+        outside = (tokens >= len(places)) | (tokens < -len(places))
+        if bool(outside.any()):
+            raise SelectionError(
+                f"Got position {int(tokens[outside][0])}; the prompt in row {row} has {len(places)} tokens besides "
+                f"padding, so expected {-len(places)} to {len(places) - 1}."
+            )
+        mask[row, places[tokens.long().cpu()]] = True
     return mask
 
 
@@ -323,9 +349,9 @@ def _checked_mask(mask: object, forward: ForwardPass) -> Tensor:
     return mask
 
 
-def _repeated(mask: Tensor, rows: int) -> Tensor:
+def _repeated(mask: Tensor, forward: ForwardPass) -> Tensor:
     """Repeat each prompt's mask for its beams or samples, which lie side by side."""
-    copies = rows // len(mask) if rows % len(mask) == 0 else 1
+    copies = _shape(forward)[0] // forward.prompts if len(mask) == forward.prompts else 1
     return mask.repeat_interleave(copies, dim=0)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeAlias, cast, get_args
+from typing import Any, Literal, TypeAlias, cast, get_args
 
 from sae_lens import SAE
 
@@ -38,6 +38,9 @@ __all__ = [
     "steer_tokens",
 ]
 
+IfEmpty: TypeAlias = Literal["raise", "ignore"]
+"""What becomes of a run in whose prompts nothing is chosen."""
+
 Changes: TypeAlias = "FeatureChanges | Change | Sequence[Change]"
 """Changes of an SAE's features, or of a vector; in a list, one for each row of the batch."""
 
@@ -51,6 +54,7 @@ def steer(
     steps: Steps = "all",
     hook_name: str | Sequence[str | None] | None = None,
     error: ErrorTerm = "keep",
+    if_empty: IfEmpty = "raise",
 ) -> VisionLanguageModel:
     """Return an edited copy of the model in which SAE features are changed; the original stays as it was.
 
@@ -68,14 +72,16 @@ def steer(
             takes one change, or a list with one for each row. For a list of SAEs, a list of all this.
         tokens: Where: `"all"` tokens but padding, `"image"` patches, `"text"` without control tokens, the `"last"`
             token of each row; `ImageTokens(0)`, the first picture's; `BoxTokens((x0, y0, x1, y1))`, those in a box of
-            it, in pixels of the original; a mask [batch, seq] or [seq] or positions (negative ones count from the end),
-            both of the prompt; or a function from a forward pass's `TokenLayout` to a mask.
+            it, in pixels of the original; a mask [batch, seq] or [seq] of the prompt; positions in it, padding not
+            counted (negative ones count from the end); or a function from a forward pass's `TokenLayout` to a mask.
         steps: When: in `"all"` forward passes, only in the `"prefill"` over the prompt, or only while `"decoding"`; or
             a range of passes, of which 0 is the prompt's and n reads the n-th generated token: `range(1, 4)`.
             Generated tokens are text. Pictures, masks and positions are about the prompt only.
         hook_name: The hook; None for the one the SAE was trained on; for a list of SAEs, a list. One outside of the
             language model has no tokens, so it takes `tokens="all"` only, which is then every position.
         error: Whether to keep what the SAE does not reconstruct.
+        if_empty: What becomes of a run in whose prompts nothing is chosen, such as one without pictures for
+            `tokens="image"`: "raise" an error, or "ignore" it and let the run through as it is.
 
     Raises:
         FeatureError: the SAE has no such feature.
@@ -88,6 +94,8 @@ def steer(
     """
     if error not in get_args(ErrorTerm):
         raise ConfigError(f"Got error={error!r}; expected 'keep' or 'drop'.")
+    if if_empty not in get_args(IfEmpty):
+        raise ConfigError(f"Got if_empty={if_empty!r}; expected 'raise' or 'ignore'.")
     parts = [_part(model, source, own, hook, error) for source, own, hook in _matched(sae, changes, hook_name)]
     order = model.hooks.names()
     parts.sort(key=lambda part: order.index(part.hook.name) if part.hook.name in order else len(order))
@@ -98,7 +106,7 @@ def steer(
     edited = model
     for chosen, whole in ((pictures, True), (language, False)):
         if chosen:
-            edited = _edit(edited, Steering(chosen, selection, whole))
+            edited = _edit(edited, Steering(chosen, selection, whole, may_be_empty=if_empty == "ignore"))
     return edited
 
 

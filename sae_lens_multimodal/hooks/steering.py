@@ -113,20 +113,17 @@ class Part:
     """One for all rows, or one for each prompt."""
     error: ErrorTerm = "keep"
 
-    def steered(self, value: Tensor, mask: Bool[Tensor, "batch seq"] | None) -> Tensor:
-        """Steer the chosen positions of the hook's value, None for all; heads count as one dimension.
+    @property
+    def n_prompts(self) -> int | None:
+        """How many prompts it treats each in its own way; None where all are treated alike."""
+        return len(self.changes) if len(self.changes) > 1 else None
 
-        Raises:
-            SelectionError: changes by row do not fit the batch.
-        """
+    def steered(self, value: Tensor, mask: Bool[Tensor, "batch seq"] | None) -> Tensor:
+        """Steer the chosen positions of the hook's value, None for all; heads count as one dimension."""
         flat = value.flatten(2) if value.dim() > 3 else value
-        n_rows, n_changes = len(flat), len(self.changes)
-        if n_rows % n_changes:
-            raise SelectionError(
-                f"Got changes for {n_changes} rows, but the batch has {n_rows}; expected one for each prompt."
-            )
+        n_rows = len(flat)
         # Beams and samples of a prompt lie side by side and share its changes.
-        copies = n_rows // n_changes
+        copies = n_rows // len(self.changes)
         if mask is None or bool(mask.all()):
             rows = torch.arange(n_rows).repeat_interleave(flat[0, ..., 0].numel()) // copies
             return self._moved(flat.reshape(-1, flat.shape[-1]), rows).reshape(value.shape)
@@ -148,6 +145,10 @@ class Intervention(Protocol):
     def hook(self) -> HookPoint:
         """Where."""
 
+    @property
+    def n_prompts(self) -> int | None:
+        """How many prompts it treats each in its own way; None where all are treated alike."""
+
     def steered(self, value: Tensor, mask: Bool[Tensor, "batch seq"] | None) -> Tensor:
         """Change the chosen positions of the hook's value, None for all."""
 
@@ -161,6 +162,8 @@ class Steering:
     selection: TokenSelection
     whole: bool
     """Whether the hooks lie where there are no tokens, so that every position is meant."""
+    may_be_empty: bool = False
+    """Whether a run of whose prompts nothing is chosen goes through as it is."""
 
     def run(self, model: VisionLanguageModel) -> None:
         """Steer every forward pass of a run, from within an nnsight edit."""
@@ -188,9 +191,26 @@ class Steering:
             yield hook, list(parts)
 
     def mask(self, forward: ForwardPass) -> Bool[Tensor, "batch seq"] | None:
-        """Return the positions to steer in a forward pass; None where there are none."""
+        """Return the positions to steer in a forward pass; None where there are none.
+
+        Raises:
+            SelectionError: changes by row do not fit the prompts; or nothing is chosen in the whole run.
+        """
+        for part in self.parts:
+            if part.n_prompts not in (None, forward.prompts):
+                raise SelectionError(
+                    f"Got changes for {part.n_prompts} rows, but the batch has {forward.prompts} prompts; expected one "
+                    "for each. `answer` takes so many at once as its batch_size says."
+                )
         mask = self.selection.mask(forward)
-        return mask if mask is not None and bool(mask.any()) else None
+        if mask is not None and bool(mask.any()):
+            return mask
+        if forward.step == 0 and self.selection.is_about_prompts and not self.may_be_empty:
+            raise SelectionError(
+                f"{self.selection.spelt} selects nothing in these prompts, so nothing would be steered; choose others, "
+                "or let such prompts through as they are with if_empty='ignore'."
+            )
+        return None
 
     def _step(self, model: VisionLanguageModel, step: int, prompt_tokens: int) -> int:
         """Steer one forward pass; return the length of the prompt, which is that of the first pass."""

@@ -33,6 +33,11 @@ class Replaced:
     hook: HookPoint
     by: Replacement
 
+    @property
+    def n_prompts(self) -> int | None:
+        """All rows are treated alike."""
+        return None
+
     def steered(self, value: Tensor, mask: Bool[Tensor, "batch seq"] | None) -> Tensor:
         """Replace the chosen positions, None for all; heads count as one dimension."""
         flat = (value.flatten(2) if value.dim() > 3 else value).clone()

@@ -28,10 +28,10 @@ from sae_lens_multimodal.hooks.trace_parts import HOOKS, Part, added_by
 from sae_lens_multimodal.hooks.trace_result import CausalTrace, Cell, MetricName
 from sae_lens_multimodal.hooks.trace_run import KeptKeys, Recording, value_of
 
-CANDIDATES = 256
-"""Features that are restored one by one: those whose part in the value changes most."""
+CANDIDATES = 64
+"""Features that are tried: those whose part in the value changes most."""
 RANDOM_DRAWS = 8
-"""Random sets of as many other active features that the ablation is held against."""
+"""Random sets of as many other features that the confirmation is held against."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +47,8 @@ class FeatureFinding:
     """The share of the answer that it alone brings back when its clean activation is put into the corrupted run."""
     ablated: float
     """The share of the answer that is lost when it alone is ablated there in the clean run."""
+    exchanged: float
+    """The share that is lost when its corrupted activation is put into the clean run."""
     explanation: str | None = None
 
 
@@ -64,15 +66,19 @@ class TraceStory:
     n_active: int
     """Features that are active there in either run."""
     features: list[FeatureFinding] = field(repr=False)
-    """Those that bring most back, the strongest first."""
+    """Chosen one after the other: beside those before it each brings most back and takes most away."""
     restored_all: float
     """The share that all of the SAE's features bring back; the rest of the cell's is in the SAE's error."""
     restored_together: float
     """The share that the features listed bring back together."""
     ablated_together: float
     """The share of the answer that is lost when they are ablated together in the clean run."""
+    exchanged_together: float
+    """The share that is lost when their corrupted activations are put into the clean run together."""
     ablated_random: float
-    """The mean of the same over sets of as many other active features, which should hardly matter."""
+    """The mean of `ablated_together` over sets of as many other features there."""
+    exchanged_random: float
+    """The mean of `exchanged_together` over the same sets."""
     n_random: int
     """How many such sets there were; 0 where nothing else is active."""
 
@@ -87,7 +93,9 @@ class TraceStory:
             "restored_all": self.restored_all,
             "restored_together": self.restored_together,
             "ablated_together": self.ablated_together,
+            "exchanged_together": self.exchanged_together,
             "ablated_random": self.ablated_random if self.n_random else None,
+            "exchanged_random": self.exchanged_random if self.n_random else None,
             "n_random": self.n_random,
             "features": [vars(one) for one in self.features],
         }
@@ -113,8 +121,9 @@ def trace_features(
 ) -> TraceStory:
     """Trace an answer, go to the hottest cell that an SAE reads, and find and confirm the features that carry it.
 
-    Each candidate's clean activation is put into the corrupted run by itself; those that bring most back are ablated in
-    the clean run at the same tokens, one by one, together, and beside random sets of other features active there.
+    Features are chosen by what their clean activations bring back to the corrupted run, and what their corrupted ones
+    take from the clean run. Then they are ablated in the clean run at the same tokens, one by one, together, and beside
+    random sets of other features active there.
 
     Args:
         model: The model, without edits.
@@ -225,17 +234,18 @@ class _Site:
 
     def restored(self, sets: Sequence[Sequence[int]]) -> list[float]:
         """The share that each set of features brings back in the corrupted run."""
-        added = (
-            self._added(self.clean, self.z_clean, one) - self._added(self.corrupted, self.z_corrupted, one)
-            for one in sets
-        )
-        found = self._run(self.plan.corrupted, self.plan.keys, list(added))
+        found = self._run(self.plan.corrupted, self.plan.keys, [self._difference(one) for one in sets])
         return [(value - self.after) / (self.before - self.after) for value in found]
+
+    def exchanged(self, sets: Sequence[Sequence[int]]) -> list[float]:
+        """The share of the answer that is lost when each set's corrupted activations are put into the clean run."""
+        found = self._run(self.plan.clean, self.clean_keys, [-self._difference(one) for one in sets])
+        return [(self.before - value) / (self.before - self.after) for value in found]
 
     def ablated(self, sets: Sequence[Sequence[int]]) -> list[float]:
         """The share of the answer that is lost without each set of features in the clean run."""
-        added = (-self._added(self.clean, self.z_clean, one) for one in sets)
-        found = self._run(self.plan.clean, self.clean_keys, list(added))
+        added = [-self._added(self.clean, self.z_clean, one) for one in sets]
+        found = self._run(self.plan.clean, self.clean_keys, added)
         return [(self.before - value) / (self.before - self.after) for value in found]
 
     def all_features(self) -> Tensor:
@@ -251,6 +261,11 @@ class _Site:
         """The share that something added to the corrupted value brings back."""
         value = self._run(self.plan.corrupted, self.plan.keys, [added])[0]
         return (value - self.after) / (self.before - self.after)
+
+    def _difference(self, features: Sequence[int]) -> Tensor:
+        """What features add in the clean run, less what they add in the corrupted one."""
+        clean = self._added(self.clean, self.z_clean, features)
+        return clean - self._added(self.corrupted, self.z_corrupted, features)
 
     def _added(self, acts: Tensor, z: Tensor, features: Sequence[int]) -> Tensor:
         chosen = list(features)
@@ -284,14 +299,10 @@ def _told(
     trace: CausalTrace, cell: Cell, site: _Site, n_features: int, explanations: Mapping[int, str], seed: int
 ) -> TraceStory:
     active = ((site.z_clean != 0) | (site.z_corrupted != 0)).any(0).nonzero()[:, 0].tolist()
-    weight = site.weight()
-    candidates = sorted((one for one in active if float(weight[one]) > 0), key=lambda one: -float(weight[one]))
-    candidates = candidates[:CANDIDATES]
-    shares = dict(zip(candidates, site.restored([[one] for one in candidates]), strict=True)) if candidates else {}
-    chosen = sorted(candidates, key=lambda one: -shares[one])[:n_features]
-    lost = dict(zip(chosen, site.ablated([[one] for one in chosen]), strict=True)) if chosen else {}
-    others = [one for one in (site.z_clean != 0).any(0).nonzero()[:, 0].tolist() if one not in chosen]
-    random = site.ablated(_draws(others, len(chosen), seed)) if others and chosen else []
+    chosen, alone = _chosen(site, active, n_features)
+    singles = [[one] for one in chosen]
+    lost, exchanged = site.ablated(singles), site.exchanged(singles)
+    draws = _draws([one for one in active if one not in chosen], len(chosen), seed)
     return TraceStory(
         trace=trace,
         cell=cell,
@@ -303,21 +314,51 @@ def _told(
                 feature=one,
                 clean=float(site.z_clean[:, one].max()),
                 corrupted=float(site.z_corrupted[:, one].max()),
-                restored=shares[one],
-                ablated=lost[one],
+                restored=alone[one],
+                ablated=lost[at],
+                exchanged=exchanged[at],
                 explanation=explanations.get(one) or None,
             )
-            for one in chosen
+            for at, one in enumerate(chosen)
         ],
         restored_all=site.share_of(site.all_features()),
-        restored_together=site.restored([chosen])[0] if chosen else 0.0,
-        ablated_together=site.ablated([chosen])[0] if chosen else 0.0,
-        ablated_random=sum(random) / len(random) if random else 0.0,
-        n_random=len(random),
+        restored_together=site.restored([chosen])[0],
+        ablated_together=site.ablated([chosen])[0],
+        exchanged_together=site.exchanged([chosen])[0],
+        ablated_random=_mean(site.ablated(draws)),
+        exchanged_random=_mean(site.exchanged(draws)),
+        n_random=len(draws),
     )
 
 
+def _chosen(site: _Site, active: Sequence[int], n_features: int) -> tuple[list[int], dict[int, float]]:
+    """The features chosen, and what each candidate brings back by itself.
+
+    One after the other, because features that say one thing together may each do nothing alone; by what they bring back
+    to the corrupted run and what exchanging them takes from the clean one, so that they are both enough and needed.
+    """
+    weight = site.weight()
+    left = sorted((one for one in active if float(weight[one]) > 0), key=lambda one: -float(weight[one]))[:CANDIDATES]
+    chosen: list[int] = []
+    alone: dict[int, float] = {}
+    while left and len(chosen) < n_features:
+        sets = [[*chosen, one] for one in left]
+        restored, exchanged = site.restored(sets), site.exchanged(sets)
+        alone = alone or dict(zip(left, restored, strict=True))
+        best = left[max(range(len(left)), key=lambda at: restored[at] + exchanged[at])]
+        chosen.append(best)
+        left.remove(best)
+    return chosen, alone
+
+
 def _draws(others: Sequence[int], size: int, seed: int) -> list[list[int]]:
+    """Random sets of the other features; none where there are too few."""
+    if not size or len(others) < size:
+        return []
     generator = torch.Generator().manual_seed(seed)
     orders = (torch.randperm(len(others), generator=generator).tolist() for _ in range(RANDOM_DRAWS))
     return [[others[at] for at in order[:size]] for order in orders]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else 0.0

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sae_lens_multimodal.features.schema import MODALITIES
+from sae_lens_multimodal.report.described import description_view
 from sae_lens_multimodal.report.examples import example_groups
 from sae_lens_multimodal.report.formats import cell, count
 from sae_lens_multimodal.report.histogram import Whose, histogram_views
 from sae_lens_multimodal.report.judged import explanation_views, score_views, verdict_groups
 from sae_lens_multimodal.report.tokens import changes
 from sae_lens_multimodal.report.view import (
+    DescriptionView,
     FactView,
     FeatureStatistics,
     FeatureView,
@@ -76,6 +78,8 @@ def feature_views(
 ) -> Iterator[FeatureView]:
     """Yield the pages' contents one by one, so that only one is in memory."""
     links = [_link(feature, findings) for feature in features]
+    pages = {link.index: link for link in links}
+    alive = frozenset(store.features)
     for place, feature in enumerate(features):
         yield _feature_view(
             store,
@@ -85,6 +89,7 @@ def feature_views(
             max_examples=max_examples,
             previous=links[place - 1] if place else None,
             following=links[place + 1] if place + 1 < len(links) else None,
+            description=description_view(store.description(feature), pages, alive=alive),
         )
 
 
@@ -97,6 +102,7 @@ def _feature_view(
     max_examples: int,
     previous: LinkView | None,
     following: LinkView | None,
+    description: DescriptionView | None,
 ) -> FeatureView:
     statistics = _statistics(store, feature)
     label = _label(feature, findings)
@@ -111,7 +117,8 @@ def _feature_view(
         scores=score_views(findings.scores.get(feature, ()), findings.score_modalities),
         examples=example_groups(store, feature, assets, max_examples=max_examples),
         histograms=_histograms(store, feature),
-        output_tokens=_output_tokens(findings.output_tokens.get(feature, ())),
+        output_tokens=_output_tokens(_written(store, feature, findings)),
+        description=description,
         verdicts=verdict_groups(findings.verdicts.get(feature, ()), findings.score_modalities, store, assets),
         steering=tuple(_steering(record, assets) for record in findings.steering.get(feature, ())),
         previous=previous,
@@ -147,6 +154,13 @@ def _statistics(store: FeatureStore, feature: int) -> FeatureStatistics:
 def _histograms(store: FeatureStore, feature: int) -> tuple[HistogramView, ...]:
     counts: dict[Whose, list[int]] = {name: store.histogram(feature, name).tolist() for name in MODALITIES}
     return histogram_views(counts, store.histogram_edges.tolist())
+
+
+def _written(store: FeatureStore, feature: int, findings: Findings) -> Sequence[tuple[str, float]]:
+    """Take the given output tokens, or those of the store's description."""
+    given = findings.output_tokens.get(feature)
+    found = store.description(feature) if given is None else None
+    return given or (found.writes if found is not None else ())
 
 
 def _output_tokens(tokens: Sequence[tuple[str, float]]) -> tuple[OutputTokenView, ...]:
@@ -185,7 +199,7 @@ def table_view(table: SummaryTable) -> TableView:
 def fact_views(store: FeatureStore, n_features: int) -> tuple[FactView, ...]:
     """Say what was looked at: the model, the hook, the dictionary, the data, as far as the store knows."""
     settings = store.settings
-    prompts = settings.get("n_prompts")
+    prompts, pictures = settings.get("n_prompts"), settings.get("n_pictures") or {}
     tokens = settings.get("n_tokens") or {}
     facts = [
         ("Model", _name_of(settings.get("model_name"))),
@@ -194,6 +208,8 @@ def fact_views(store: FeatureStore, n_features: int) -> tuple[FactView, ...]:
         ("Dictionary", f"{count(store.d_sae)} features"),
         ("Alive here", count(n_features)),
         ("Prompts", count(prompts) if isinstance(prompts, int) else None),
+        ("Pictures", count(pictures["seen"]) if pictures.get("seen") else None),
+        ("of them near-duplicates", count(pictures["near_duplicates"]) if pictures.get("near_duplicates") else None),
         *((f"{name.capitalize()} tokens", count(tokens[name])) for name in MODALITIES if tokens.get(name)),
     ]
     return tuple(FactView(name=name, value=str(value)) for name, value in facts if value)

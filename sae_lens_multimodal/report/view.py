@@ -246,6 +246,43 @@ class FeatureStatistics:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RelatedView:
+    """Another feature that has to do with the page's."""
+
+    index: int
+    label: str
+    url: str
+    """Of its page, relative to the report's folder; "" where it has none."""
+    value: float
+    """How much, 0 to 1."""
+    reading: str
+    """The same as text."""
+    hint: str
+    """What it may be to the feature, in words."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DescriptionView:
+    """What was found out about a feature after the pass."""
+
+    monosemanticity: float | None
+    """Mean cosine of the crops where it is active, weighted by activation."""
+    random_crops: float | None
+    """Mean cosine of all features' crops."""
+    n_crops: int
+    cross_modal: float | None
+    """Mean cosine of its top image tokens with its top text tokens."""
+    cross_modal_floor: float | None
+    """The same with other features' tokens."""
+    cofiring: tuple[RelatedView, ...]
+    """Features that fire on the same tokens, by the share of tokens."""
+    neighbours: tuple[RelatedView, ...]
+    """Features of nearest decoder direction, by cosine."""
+    n_tokens: int
+    """Tokens that the shares rest on."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class FeatureView:
     """One feature's page."""
 
@@ -263,6 +300,7 @@ class FeatureView:
     examples: tuple[ExampleGroupView, ...]
     histograms: tuple[HistogramView, ...]
     output_tokens: tuple[OutputTokenView, ...]
+    description: DescriptionView | None
     verdicts: tuple[VerdictGroupView, ...]
     steering: tuple[SteeringView, ...]
     previous: LinkView | None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,8 +14,7 @@ from scipy.optimize import linear_sum_assignment
 from sae_lens_multimodal.features.precision import Firings, above_chance, concept_precisions, prevalence_of
 from sae_lens_multimodal.scenes.concepts import CONCEPTS, Concept
 from sae_lens_multimodal.scenes.questions import list_question
-from sae_lens_multimodal.scenes.words import attribute_of
-from sae_lens_multimodal.scenes.world import Scene, make_scene
+from sae_lens_multimodal.scenes.world import make_scene
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -86,20 +86,22 @@ def state_labels(
         int8 [states, concepts], 1 or 0.
     """
     labels = np.zeros((len(states), len(concepts)), dtype=np.int8)
-    seen: dict[tuple[int, int], None] = {}
+    places: dict[int, list[int]] = {}
     for index, (row, start) in enumerate(zip(states.rows, states.shard.word[:, 0].tolist(), strict=True)):
-        seen.setdefault((row, start))
-        nth = sorted(place for own, place in seen if own == row).index(start)
-        scene = make_scene(int(rows[row]["scene_seeds"][0]))
-        attributes = _named(scene, states.word, nth)
+        own = places.setdefault(row, [])
+        if start not in own:
+            own.append(start)
+        things = _attributes_of(int(rows[row]["scene_seeds"][0]))
+        holding = [thing for thing in things if states.word.lower() in thing.values()]
+        attributes = holding[own.index(start)]
         labels[index] = [all(attributes.get(p.kind) == p.value for p in one.parts) for one in concepts]
     return labels
 
 
-def _named(scene: Scene, word: str, nth: int) -> dict[str, str]:
-    """The attributes of the nth object whose phrase holds a word."""
-    holding = [thing.attributes for thing in scene.objects if word.lower() in thing.phrase.split()]
-    return holding[nth]
+@lru_cache(maxsize=1 << 14)
+def _attributes_of(seed: int) -> tuple[dict[str, str], ...]:
+    """What the objects of a scene are, in the order in which captions tell them."""
+    return tuple(thing.attributes for thing in make_scene(seed).objects)
 
 
 def match_concepts(
@@ -148,12 +150,3 @@ def shuffled_truth(
     _, codes = dictionary.one_sided(dictionary.encode(states.states.to(dictionary.concepts.dtype)))
     order = torch.randperm(len(states), generator=torch.Generator().manual_seed(seed)).numpy()
     return match_concepts(codes, state_labels(states, rows)[order])
-
-
-def is_attribute(word: str) -> bool:
-    """Whether a word names an attribute of the scenes.
-
-    >>> is_attribute("circle"), is_attribute("the")
-    (True, False)
-    """
-    return attribute_of(word) is not None

@@ -59,6 +59,8 @@ def nothing_mixes(module: Any) -> Iterator[None]:
         for path, part in module.named_modules()
         if id(part) not in decoder
         and "Attention" in type(part).__name__
+        # a whole block, in Pixtral
+        and not type(part).__name__.endswith("Layer")
         and any(step.isdigit() for step in path.split("."))
     ]
     assert handles, "no attention was found outside of the language model"
@@ -96,7 +98,14 @@ def tokens_that_see(
 
 
 def check_edges(
-    seen: np.ndarray[Any, Any], lines: Sequence[int], boxes: np.ndarray[Any, Any], axis: int, patch: int, length: int
+    seen: np.ndarray[Any, Any],
+    lines: Sequence[int],
+    boxes: np.ndarray[Any, Any],
+    axis: int,
+    patch: int,
+    length: int,
+    *,
+    exact: bool = True,
 ) -> None:
     """Hold boxes against what was seen, along one axis.
 
@@ -111,6 +120,7 @@ def check_edges(
         axis: 0 where the lines are columns, 1 where they are rows.
         patch: side of a patch in pixels of the resized picture: how far filters reach follows from its size.
         length: of the picture along the axis.
+        exact: whether the boxes claim to be; if not, a token still sees nothing beyond its box, if it has one.
     """
     low, high = boxes[:, axis], boxes[:, axis + 2]
     # those of mere padding lie nowhere
@@ -120,9 +130,9 @@ def check_edges(
     place = np.asarray(lines)[:, None]
     within = (place >= low + 0.5) & (place + 1 <= high - 0.5)
     away = (place + 1 < low - reach) | (place > high + reach)
-    assert seen[within & solid].all(), "a token does not see what lies in its box"
     assert not seen[away].any(), "a token sees what lies far from its box"
-    if len(lines) < length:
+    assert not exact or seen[within & solid].all(), "a token does not see what lies in its box"
+    if len(lines) < length or not exact:
         return
     first, last = seen.argmax(0), length - seen[::-1].argmax(0)
     inner = solid & seen.any(0) & (first > 0) & (last < length)

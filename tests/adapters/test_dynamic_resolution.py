@@ -1,4 +1,4 @@
-"""Qwen-VL, Idefics3, SmolVLM, InternVL: boxes against pictures that carry coordinates, and what is special to each."""
+"""Qwen-VL, GLM-V, Idefics3, SmolVLM, InternVL: boxes against pictures that carry coordinates, and what is special."""
 
 from __future__ import annotations
 
@@ -18,10 +18,12 @@ from transformers.models.smolvlm.modeling_smolvlm import SmolVLMConnector
 
 from sae_lens_multimodal.adapters.model import VisionLanguageModel, load_model
 from sae_lens_multimodal.adapters.registry import find_family
+from sae_lens_multimodal.errors import ImageError, LayoutError, PromptError
 from sae_lens_multimodal.types import Modality
 from tests.adapters.adapter_samples import picture, prompt
 
-QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5")
+PACKED = (*QWEN, "glm4v", "glm46v")
 TILED = ("idefics3", "smolvlm", "internvl")
 SIZES = st.tuples(st.integers(20, 900), st.integers(20, 900))
 
@@ -68,7 +70,7 @@ def released() -> Callable[[str, int | None], Any]:
     return get
 
 
-@pytest.mark.parametrize("name", QWEN)
+@pytest.mark.parametrize("name", PACKED)
 @settings(max_examples=8, deadline=None, derandomize=True)
 @given(size=SIZES)
 def test_blocks_of_patches_of_released_models(released: Any, name: str, size: tuple[int, int]) -> None:
@@ -131,7 +133,7 @@ def tiny(name: str) -> VisionLanguageModel:
     return load_model(module, processor=processor)
 
 
-@pytest.mark.parametrize("name", QWEN)
+@pytest.mark.parametrize("name", PACKED)
 def test_positions_are_those_of_each_prompt_alone(name: str) -> None:
     model = tiny(name)
     seen: list[Tensor] = []
@@ -158,8 +160,9 @@ def test_positions_are_those_of_each_prompt_alone(name: str) -> None:
         handle.remove()
 
 
-def test_deepstack_features_come_between_the_blocks() -> None:
-    model = tiny("qwen3_vl")
+@pytest.mark.parametrize("name", ["qwen3_vl", "qwen3_vl_moe"])
+def test_deepstack_features_come_between_the_blocks(name: str) -> None:
+    model = tiny(name)
     batch = model.encode([prompt(picture(60, 40), "what ?"), prompt("yes and no")])
     with torch.no_grad(), model.trace(**batch):
         added = model.hooks["projector.deepstack.0.hook_out"].save()
@@ -215,3 +218,52 @@ def test_what_is_written_between_tiles_belongs_to_their_picture(name: str) -> No
     assert {number for _, number in breaks[:-1]} == {0, 1}
     assert (layout.image_index[0] == -1).all()
     assert (layout.modality[0] != Modality.NEWLINE).all()
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_pictures_that_are_too_long_are_refused(name: str) -> None:
+    model = tiny(name)
+    assert model.encode(prompt(picture(4, 800), "what ?")).layout.is_image.any()
+    with pytest.raises(ImageError, match="805 pixels has sides that differ by a factor of more than 200"):
+        model.encode([prompt(picture(30, 30), "yes"), prompt(picture(4, 805), "what ?")])
+
+
+@pytest.mark.parametrize("name", [*PACKED, *TILED])
+def test_videos_are_refused(name: str) -> None:
+    with pytest.raises(PromptError, match="a part of type 'video'; expected 'text' or 'image'"):
+        tiny(name).encode([{"role": "user", "content": [{"type": "video", "video": "a.mp4"}]}])
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("qwen2_vl", {"patch_size": 8}),
+        ("glm4v", {"merge_size": 1}),
+        ("idefics3", {"max_image_size": {"longest_edge": 48}}),
+        ("internvl", {"size": {"height": 64, "width": 64}}),
+    ],
+)
+def test_processors_of_other_checkpoints_are_refused(name: str, change: dict[str, Any]) -> None:
+    module, processor = find_family(name).random_model(seed=0)
+    for setting, value in change.items():
+        setattr(processor.image_processor, setting, value)
+    with pytest.raises(LayoutError, match="one checkpoint"):
+        find_family(name)(module.config, processor).image_tokens(60, 40)
+
+
+@pytest.mark.parametrize("name", [*PACKED, *TILED])
+def test_what_is_added_to_the_residual_stream_adds_up(name: str) -> None:
+    model = tiny(name)
+    batch = model.encode([prompt(picture(60, 40), "what ?"), prompt(picture(30, 30), "yes")])
+    values: dict[str, Tensor] = {}
+    beginnings = [f"{tower}blocks.{index}.hook_" for tower in ("vision.", "") for index in (0, 1)]
+    with torch.no_grad(), model.trace(**batch):
+        for beginning in beginnings:
+            for hook in ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post"):
+                values[beginning + hook] = model.hooks[beginning + hook].save()
+    for beginning in beginnings:
+        pre, attention, mid, mlp, post = (
+            values[beginning + hook] for hook in ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
+        )
+        assert torch.equal(pre + attention, mid), beginning
+        assert torch.equal(mid + mlp, post), beginning

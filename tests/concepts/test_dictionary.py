@@ -1,4 +1,4 @@
-"""A dictionary does all that an SAE does: saved, harvested, steered, attributed, reported; and it names its concepts."""
+"""A dictionary does what an SAE does: saved, harvested, steered, attributed, reported; and it names its concepts."""
 
 from __future__ import annotations
 
@@ -97,7 +97,6 @@ def test_attribution_takes_it_and_ranks_true_ablations(
     sae = dictionary.to_sae()
     found = attribute(model, sae, question, ContinuationLogProbability("red"), tokens="text")
     assert found.n_nodes > 0
-    # The parts add up to the whole: features, the SAE's error and its bias.
     check = check_attribution(model, sae, found, n=12)
     assert check.spearman > 0.7
 

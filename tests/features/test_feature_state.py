@@ -17,7 +17,7 @@ from sae_lens_multimodal.features.histogram import histogram_edges
 from sae_lens_multimodal.features.lists import BestLists
 from sae_lens_multimodal.features.selection import ExampleSelection
 from sae_lens_multimodal.features.sparse import sparse_activations
-from sae_lens_multimodal.features.state import HarvestState, Quotas
+from sae_lens_multimodal.features.state import HarvestState, Quotas, state_bytes
 from sae_lens_multimodal.types import Modality
 
 FEATURES = (1, 3, 4, 6, 9)
@@ -281,6 +281,46 @@ def test_memory_does_not_grow_with_the_dataset(monkeypatch: pytest.MonkeyPatch) 
     longest = 12
     assert len(many.firings().pair) <= pairs
     assert max(entries) <= 2 * pairs * longest + 32 + 4 * len(FEATURES) * longest
+
+
+@pytest.mark.parametrize("width", [40, 160])
+def test_memory_is_what_the_formula_says(width: int) -> None:
+    kept = quotas()
+    state = HarvestState(kept, torch.arange(width), width)
+    generator = torch.Generator().manual_seed(width)
+    for row in range(3 * (kept.n_top + kept.n_drawn)):
+        label = torch.tensor([[Modality.IMAGE.value, Modality.TEXT.value] * 4], dtype=torch.int8)
+        value = torch.rand(1, 8, width, generator=generator) + 0.1
+        sparse, measures = sparse_activations(chunks, value, label, n_features=width, features=None)
+        state.update(sparse, measures, torch.tensor([row]), torch.tensor([row]))
+    held = state.tensors()
+    assert (held["top.prompt"] >= 0).all() and (held["drawn.prompt"] >= 0).all(), "every list is full"
+    firings = sum(tensor.nbytes for name, tensor in held.items() if name.startswith("firings."))
+    pairs, entries = len(held["firings.pair"]), len(held["firings.value"])
+    assert pairs <= 2 * width * (kept.n_top + kept.n_drawn)
+    assert firings == pairs * 32 + entries * 8
+    formula = state_bytes(width, kept, firings_a_pair=0) - 3 * 2 * width * (kept.n_top + kept.n_drawn) * 32
+    whatever_the_width = 2 * kept.n_pool * 3 * 8 + 2 * 8
+    assert sum(tensor.nbytes for tensor in held.values()) - firings == formula + whatever_the_width
+
+
+def test_sparse_and_dense_encodings_give_the_same() -> None:
+    stream = Stream.make(4, 6)
+    value, label, _ = next(iter(stream.batches(6)))
+    value = value.clamp(max=50)
+    for features in (None, torch.tensor(FEATURES)):
+        count = D_SAE if features is None else len(FEATURES)
+        dense, measured = sparse_activations(chunks, value, label, n_features=count, features=features)
+        sparse, again = sparse_activations(
+            lambda tokens: ((part, z.to_sparse()) for part, z in chunks(tokens)),
+            value,
+            label,
+            n_features=count,
+            features=features,
+        )
+        for name in ("prompt", "modality", "position", "feature", "value"):
+            assert torch.equal(getattr(dense, name), getattr(sparse, name)), name
+        assert torch.equal(measured.total, again.total) and torch.equal(measured.peak, again.peak)
 
 
 def test_restored_state_goes_on_as_if_nothing_had_happened() -> None:

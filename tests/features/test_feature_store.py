@@ -174,6 +174,21 @@ def test_documented_schema_is_what_is_written(store: FeatureStore) -> None:
     assert set(store.settings) <= set(re.findall(r"^\| `(\w+)` \|", settings, flags=re.MULTILINE))
 
 
+def test_stores_of_the_first_version_are_read(store: FeatureStore) -> None:
+    for name, column in (("prompts", "near_ids"), ("images", "near_id")):
+        path = store.folder / f"{name}.parquet"
+        pq.write_table(pq.read_table(path).drop_columns([column]), path)
+    with pytest.raises(StoreError, match=r"prompts\.parquet lacks the columns \['near_ids'\]"):
+        FeatureStore.open(store.folder)
+    manifest = json.loads((store.folder / "manifest.json").read_text())
+    (store.folder / "manifest.json").write_text(json.dumps({**manifest, "schema_version": 1}))
+    old = FeatureStore.open(store.folder)
+    (example,) = old.examples(3)
+    assert example.images[0].getpixel((0, 0)) == (255, 0, 0)
+    assert example.prompt.near_ids == example.image_ids
+    assert old.look_alikes([*example.image_ids, "other"]) == {*example.image_ids, "other"}
+
+
 def test_folders_that_are_no_store_are_refused(store: FeatureStore, tmp_path: Path) -> None:
     with pytest.raises(StoreError, match=r"has no manifest\.json"):
         FeatureStore.open(tmp_path / "nowhere")

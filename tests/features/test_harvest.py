@@ -16,6 +16,7 @@ from sae_lens import SAE
 
 import sae_lens_multimodal.features.harvest as harvest_module
 from sae_lens_multimodal.adapters.model import VisionLanguageModel
+from sae_lens_multimodal.data.mixture import Member, Mixture
 from sae_lens_multimodal.data.stream import open_dataset, read_prompts
 from sae_lens_multimodal.errors import ConfigError, FeatureError, SAEMismatchError, StoreError
 from sae_lens_multimodal.features.harvest import harvest
@@ -326,6 +327,49 @@ def test_killed_with_dropped_prompts_reports_them_once(
             pass
     assert whole.settings["rows"]["skipped"] > 1
     assert contents(folder) == contents(whole.folder)
+
+
+def test_workers_change_nothing(
+    model: VisionLanguageModel, sae: SAE[Any], rows: Rows, store: FeatureStore, new_folder: Callable[[], Path]
+) -> None:
+    for n_workers in (0, 3):
+        again = harvest(model, sae, rows, new_folder(), n_workers=n_workers, **SETTINGS)
+        assert contents(again.folder) == contents(store.folder)
+
+
+def test_a_mixture_is_harvested_and_resumed(
+    model: VisionLanguageModel,
+    sae: SAE[Any],
+    rows: Rows,
+    new_folder: Callable[[], Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    members = (Member(rows=rows[:6], weight=1.0, name="one"), Member(rows=rows[10:], weight=2.0, name="other"))
+    mixture = Mixture(members, seed=4, stop="all_exhausted_without_replacement")
+    settings = {**SETTINGS, "checkpoint_batches": 1, "batch_size": 3}
+    whole = harvest(model, sae, mixture, new_folder(), **settings)
+    n_rows = 6 + len(rows[10:])
+    assert whole.settings["n_prompts"] == n_rows
+    assert whole.settings["dataset"]["name"] == "1 one + 2 other"
+    order = [prompt.images for prompt in read_prompts(mixture)]
+    for prompt_id in whole.prompt_ids:
+        assert whole.prompt(prompt_id).image_ids == list(map(image_id, order[prompt_id]))
+    reads: list[int] = []
+
+    def killing(*args: Any, **kwargs: Any) -> Any:
+        reads.append(1)
+        if len(reads) == 3:
+            raise Killed
+        return read_activations(*args, **kwargs)
+
+    monkeypatch.setattr(harvest_module, "read_activations", killing)
+    folder = new_folder()
+    with pytest.raises(Killed):
+        harvest(model, sae, mixture, folder, **settings)
+    harvest(model, sae, mixture, folder, **settings)
+    assert contents(folder) == contents(whole.folder)
+    with pytest.raises(StoreError, match="harvest with dataset="):
+        harvest(model, sae, Mixture(members, seed=5, stop=mixture.stop), folder, **settings)
 
 
 def test_settings_that_cannot_work_are_refused(

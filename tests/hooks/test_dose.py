@@ -44,7 +44,7 @@ def test_each_point_is_the_strength_by_itself(
         sum(float(probabilities(model, one)[yes]) for one in (picture, two)) / 2, rel=1e-4
     )
     for point, strength in zip(curve.points, (0.5, 3.0), strict=True):
-        steered = steer(model, sae, {feature: Set(2.0 * strength)}, tokens=tokens)
+        steered = steer(model, sae, {feature: Set(2.0 * strength)}, tokens=tokens, if_empty="ignore")
         after = [probabilities(steered, one) for one in (picture, two)]
         assert point.value == 2.0 * strength
         assert point.target == pytest.approx(sum(float(one[yes]) for one in after) / 2, rel=1e-3, abs=1e-7)

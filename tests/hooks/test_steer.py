@@ -243,11 +243,45 @@ def test_the_original_is_unchanged_and_the_copy_can_be_used_everywhere(
 def test_rows_of_a_batch_are_steered_as_alone(
     model: VisionLanguageModel, sae: SAE[Any], conversations: Conversations, strong: dict[int, Any]
 ) -> None:
-    steered = steer(model, sae, strong, tokens="image")
+    # one of them has no picture
+    steered = steer(model, sae, strong, tokens="image", if_empty="ignore")
     together = read_activations(steered, model.encode(conversations), HOOK)[HOOK]
     for row, conversation in enumerate(conversations):
         alone = read_activations(steered, model.encode(conversation), HOOK)[HOOK][0]
         assert torch.allclose(together[row, -len(alone) :], alone, atol=1e-4)
+
+
+def test_a_run_in_which_nothing_is_chosen_says_so(
+    model: VisionLanguageModel, sae: SAE[Any], conversations: Conversations, strong: dict[int, Any]
+) -> None:
+    words = model.encode(conversations[1], add_generation_prompt=True)
+    plain = read_activations(model, words, HOOK)[HOOK]
+
+    def nothing(layout: TokenLayout) -> Tensor:
+        return torch.zeros_like(layout.is_text)
+
+    # a function may choose generated tokens yet, unless it is asked about the prompt alone
+    for tokens, steps in (("image", "all"), (nothing, "prefill"), (nothing, range(1))):
+        steered = steer(model, sae, strong, tokens=tokens, steps=steps)
+        with pytest.raises(SelectionError, match="selects nothing in these prompts"):
+            read_activations(steered, words, HOOK)
+        with pytest.raises(SelectionError, match="selects nothing in these prompts"):
+            steered.generate(**words, **GREEDY)
+        let = steer(model, sae, strong, tokens=tokens, steps=steps, if_empty="ignore")
+        assert torch.equal(read_activations(let, words, HOOK)[HOOK], plain)
+    assert torch.equal(read_activations(steer(model, sae, strong, tokens=nothing), words, HOOK)[HOOK], plain)
+    with pytest.raises(ConfigError, match="if_empty='perhaps'"):
+        steer(model, sae, strong, if_empty="perhaps")  # type: ignore[arg-type]
+
+
+def test_positions_count_from_each_prompts_own_beginning(
+    model: VisionLanguageModel, sae: SAE[Any], conversations: Conversations, batch: EncodedBatch
+) -> None:
+    steered = steer(model, sae, {3: Set(500.0)}, tokens=[2, -1])
+    moved = (read_activations(steered, batch, HOOK)[HOOK] != read_activations(model, batch, HOOK)[HOOK]).any(-1)
+    for row, attended in enumerate(batch["attention_mask"] != 0):
+        places = attended.nonzero()[:, 0]
+        assert moved[row].nonzero()[:, 0].tolist() == [int(places[2]), int(places[-1])]
 
 
 def test_several_invokes_are_steered_each_by_its_own_pictures(
@@ -438,7 +472,7 @@ def test_an_error_while_running_leaves_nothing_behind(
     wrong = torch.ones(2, 5, dtype=torch.bool)
     for tokens, message in (
         (wrong, r"\(2, 5\) for a forward pass of 3 rows"),
-        ([9999], "position 9999; the prompt has"),
+        ([9999], "position 9999; the prompt in row 0 has"),
     ):
         broken = steer(model, sae, {3: Set(500.0)}, tokens=tokens)
         for run in (lambda m: m.generate(**batch, **GREEDY), lambda m: read_activations(m, batch, HOOK)):

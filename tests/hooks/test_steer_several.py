@@ -143,6 +143,27 @@ def test_rows_are_steered_differently(model: VisionLanguageModel, sae: SAE[Any],
     assert n_hooks(model) == hooks_before
 
 
+def test_what_is_for_two_prompts_is_not_spread_over_four(
+    model: VisionLanguageModel, sae: SAE[Any], conversations: list[Any]
+) -> None:
+    four = [conversations[0], conversations[2]] * 2
+    batch = model.encode(four)
+    mask = model.encode(four[:2]).layout.is_image
+    assert mask.shape[1] == batch.layout.n_tokens
+    for changes, tokens, says in (
+        ([{3: Add(9.0)}, {}], "all", "changes for 2 rows, but the batch has 4 prompts"),
+        ({3: Add(9.0)}, mask, r"a mask of torch.bool \(2, "),
+        ({3: Add(9.0)}, BoxTokens([(0, 0, 30, 30), None]), "Got 2 boxes for 4 prompts"),
+    ):
+        steered = steer(model, sae, changes, tokens=tokens)  # type: ignore[arg-type]
+        for run in (lambda m: m.generate(**batch, **GREEDY), lambda m: read_activations(m, batch, HOOK)):
+            with pytest.raises(SelectionError, match=says):
+                run(steered)
+    # one box is everyone's
+    one = read_activations(steer(model, sae, {3: Add(9.0)}, tokens=BoxTokens((0, 0, 30, 30))), batch, HOOK)[HOOK]
+    assert (one != read_activations(model, batch, HOOK)[HOOK]).any(-1).any(-1).all()
+
+
 def test_one_image_and_a_box(model: VisionLanguageModel, sae: SAE[Any], batch: EncodedBatch) -> None:
     before = read_activations(model, batch, HOOK)[HOOK]
     layout = batch.layout

@@ -1,0 +1,132 @@
+"""How much faster a causal trace is than the published loop, on the same model, prompt and cells, with equal results.
+
+    python benchmarks/tracing.py --wide
+
+The loop of arXiv 2406.04236's release takes one position of one layer's attention or MLP output at a time, and runs the
+whole model, vision tower included, on three rows: clean, corrupted, and corrupted with that value restored. Here it
+runs on plain PyTorch hooks. Cells: all positions x all layers x {attention, MLP}. Of the loop a random sample of cells
+is timed where `--sample` is given, and its time scaled to all; results are compared on every cell that it ran.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sae_lens_multimodal import BlankRegion, ReplaceTokens, causal_trace, load_model
+from sae_lens_multimodal.adapters.batch import EncodedBatch
+from sae_lens_multimodal.hooks.gradients import repeat_batch
+from sae_lens_multimodal.hooks.trace import prepare
+from sae_lens_multimodal.hooks.trace_corruptions import Corruption
+from sae_lens_multimodal.scenes import model_folder
+from sae_lens_multimodal.scenes.constraints import ConstraintCase, constraint_cases
+from sae_lens_multimodal.scenes.tiny_config import build_processor
+
+PARTS = {"attn_out": "hook_attn_out", "mlp_out": "hook_mlp_out"}
+Cell = tuple[str, int, int]
+
+
+def published_loop(
+    model: Any,  # noqa: ANN401 - a VisionLanguageModel
+    clean: EncodedBatch,
+    corrupted: EncodedBatch,
+    token: int,
+    cells: Sequence[Cell],
+) -> dict[Cell, float]:
+    """Three rows a pass, one cell at a time; the probability of the token in the restored row."""
+    inputs: dict[str, Tensor] = dict(repeat_batch(model, clean, 3))
+    for name, tensor in repeat_batch(model, corrupted, 3).items():
+        rows = len(tensor) // 3
+        inputs[name] = torch.cat([inputs[name][:rows], tensor[rows:]])
+    found = {}
+    for part, layer, position in cells:
+        point = model.hooks.resolve(f"blocks.{layer}.{PARTS[part]}")
+
+        def restore(_: Any, __: Any, output: Any, at: int = position, element: Any = point.element) -> Any:  # noqa: ANN401
+            value = output if element is None else output[element]
+            value[2, at] = value[0, at]
+            return output
+
+        handle = model._module.get_submodule(point.module_path).register_forward_hook(restore)
+        try:
+            with torch.no_grad():
+                logits = model._module(**inputs).logits
+        finally:
+            handle.remove()
+        found[part, layer, position] = float(logits[2, -1].float().softmax(-1)[token])
+    return found
+
+
+def corruptions(model: Any, case: ConstraintCase) -> dict[str, Corruption]:  # noqa: ANN401
+    """A word of the question replaced, and the thing that it is about painted over."""
+    visual = next(one for one in case.clean.constraints if one.kind == "visual")
+    assert visual.box is not None
+    tokens = case.clean.positions(model.family)[visual.text]
+    return {"a word replaced": ReplaceTokens(tokens, case.absent), "a region blanked": BlankRegion(visual.box)}
+
+
+def measured(model: Any, case: ConstraintCase, sample: int, tokens_per_pass: int, label: str) -> list[str]:  # noqa: ANN401
+    """One row of the table for each corruption."""
+    lines = []
+    for name, corruption in corruptions(model, case).items():
+        start = time.perf_counter()
+        trace = causal_trace(
+            model, case.clean.conversation, corruption, answer=case.clean.answer, min_gap=None,
+            tokens_per_pass=tokens_per_pass,
+        )  # fmt: skip
+        ours = time.perf_counter() - start
+        plan = prepare(model, case.clean.conversation, corruption, answer=case.clean.answer)
+        length = plan.n_tokens
+        everything = [(part, layer, at) for part in PARTS for layer in range(model.n_layers) for at in range(length)]
+        cells = random.Random(0).sample(everything, sample) if 0 < sample < len(everything) else everything
+        start = time.perf_counter()
+        expected = published_loop(model, plan.clean_batch, plan.corrupted_batch, plan.answer[0], cells)
+        loop = (time.perf_counter() - start) * len(everything) / len(cells)
+        values = trace.values["probability"]
+        off = max(abs(float(values[trace.parts.index(p), layer, at]) - one) for (p, layer, at), one in expected.items())
+        lines.append(
+            f"| {label} | {name} | {len(everything)} | {trace.n_passes} | {loop:.1f} s | {ours:.2f} s | "
+            f"{loop / ours:.0f} x | {off:.1e} of {len(cells)} |"
+        )
+    return lines
+
+
+def wide_model(width: int, layers: int) -> Any:  # noqa: ANN401 - a VisionLanguageModel
+    """The tiny model's shape with random weights and a wider, deeper language model."""
+    from transformers import AutoConfig, LlavaNextForConditionalGeneration
+
+    config = AutoConfig.from_pretrained(model_folder())
+    text = config.text_config
+    text.hidden_size, text.intermediate_size, text.num_hidden_layers = width, width * 11 // 4, layers
+    text.num_attention_heads = text.num_key_value_heads = width // 64
+    text.head_dim = 64
+    torch.manual_seed(0)
+    return load_model(LlavaNextForConditionalGeneration(config).eval(), processor=build_processor())
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--sample", type=int, default=0, help="cells of the loop to time on the tiny model; 0: all")
+    parser.add_argument("--wide", action="store_true", help="also a wider random model, the loop on 48 of its cells")
+    parser.add_argument("--tokens-per-pass", type=int, default=8192)
+    options = parser.parse_args()
+    case = constraint_cases(1)[0]
+    print("| model | corruption | cells | passes | published loop | causal_trace | ratio | largest difference |")
+    print("|---|---|---|---|---|---|---|---|")
+    tiny = load_model(model_folder(), dtype=torch.float32)
+    for line in measured(tiny, case, options.sample, options.tokens_per_pass, "tiny, 6 x 160"):
+        print(line, flush=True)
+    if options.wide:
+        for line in measured(wide_model(512, 12), case, 48, options.tokens_per_pass, "random, 12 x 512"):
+            print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,181 @@
+"""Pixtral's vision tower and processor, which several families have: pictures of their own shape as one sequence."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoProcessor
+from transformers.image_utils import ChannelDimension
+from transformers.models.pixtral import image_processing_pil_pixtral
+from transformers.models.pixtral.image_processing_pil_pixtral import (
+    PixtralImageProcessorPil,
+    get_resize_output_image_size,
+)
+from transformers.utils import is_torchvision_available
+
+from sae_lens_multimodal.adapters.family import ImageTokens
+from sae_lens_multimodal.adapters.grid import before_resize, grid_edges, height_width, whole_picture
+from sae_lens_multimodal.adapters.hook_points import BlockModules, HookPoint, Part, block_parts, blocks
+from sae_lens_multimodal.adapters.modules import PATTERN, RMS_NORMALIZED, SCORES, VISION, head_width
+from sae_lens_multimodal.errors import LayoutError
+from sae_lens_multimodal.types import Modality
+
+TRANSFORMER = f"{VISION}.transformer"
+
+
+@cache
+def pixtral_processor() -> Any:  # noqa: ANN401 - a class with `from_pretrained`
+    """Return what loads a Pixtral processor, also where torchvision lacks.
+
+    Its module takes a function from the image processor for torchvision that the one for PIL has just the same.
+    """
+    if is_torchvision_available():
+        return AutoProcessor
+    module = "transformers.models.pixtral.image_processing_pixtral"
+    sys.modules[module] = image_processing_pil_pixtral
+    try:
+        from transformers.models.pixtral.processing_pixtral import PixtralProcessor
+    finally:
+        del sys.modules[module]
+    return PixtralProcessor
+
+
+def marker_kinds(processor: Any) -> dict[int, Modality]:  # noqa: ANN401 - transformers' own
+    """Return the breaks after rows of tokens, and the end of a picture."""
+    return {
+        int(processor.image_break_token_id): Modality.NEWLINE,
+        int(processor.image_end_token_id): Modality.SPECIAL,
+    }
+
+
+def pixtral_block(vision: Any) -> BlockModules:  # noqa: ANN401 - a transformers config
+    """Return the modules of a block of Pixtral's vision tower."""
+    return BlockModules(
+        ln1="attention_norm",
+        attention="attention",
+        q="attention.q_proj",
+        k="attention.k_proj",
+        v="attention.v_proj",
+        o="attention.o_proj",
+        ln2="ffn_norm",
+        mlp="feed_forward",
+        mlp_in="feed_forward.gate_proj",
+        mlp_gated="feed_forward.up_proj",
+        mlp_out="feed_forward.down_proj",
+        mid="hidden_states_1",
+        normalized=RMS_NORMALIZED,
+        scores=SCORES,
+        pattern=PATTERN,
+        width=vision.hidden_size,
+        mlp_width=vision.intermediate_size,
+        heads=vision.num_attention_heads,
+        key_heads=vision.num_attention_heads,
+        head_width=head_width(vision),
+    )
+
+
+def pixtral_hooks(vision: Any) -> tuple[HookPoint, ...]:  # noqa: ANN401 - a transformers config
+    """Return the hooks of a Pixtral vision tower, whose values are [1, patches of all pictures, d]."""
+    embedding = (
+        Part("hook_embed", "ln_pre", side="input", d=vision.hidden_size),
+        Part("ln_pre.hook_out", "ln_pre", d=vision.hidden_size),
+    )
+    return (
+        *(part.at(prefix="vision.", path=VISION, tower="vision") for part in embedding),
+        *blocks(
+            block_parts(pixtral_block(vision)),
+            prefix="vision.blocks.",
+            path=f"{TRANSFORMER}.layers",
+            count=vision.num_hidden_layers,
+            tower="vision",
+        ),
+    )
+
+
+def pixtral_axis(path: str) -> int:
+    """Return the dimension that counts patches at a module path; where there is none, one that no tensor has."""
+    if not path.startswith(VISION):
+        return 0
+    # before the pictures are one sequence; and scores and patterns, in which two dimensions count patches
+    return 9 if path.startswith(f"{VISION}.patch_conv") or "attention_interface" in path else 1
+
+
+def pixtral_tokens(config: Any, processor: Any, width: int, height: int, merged: int) -> ImageTokens:  # noqa: ANN401
+    """Return how the placeholders of a picture lie in it, row by row; the breaks between rows are other tokens.
+
+    Args:
+        config: of the model.
+        processor: transformers' own.
+        width: of the picture.
+        height: of the picture.
+        merged: patches along one side of the square that a token stands for.
+
+    Raises:
+        LayoutError: processor and model disagree about the size of patches.
+    """
+    patch = int(config.vision_config.patch_size)
+    if (processor.patch_size, processor.spatial_merge_size) != (patch, merged):
+        raise LayoutError(
+            f"the processor makes patches of {processor.patch_size} pixels in squares of "
+            f"{processor.spatial_merge_size}, the model expects {patch} and {merged}; load them from one checkpoint."
+        )
+    images = processor.image_processor
+    if not images.do_resize or images.do_center_crop:
+        raise LayoutError("the image processor leaves pictures in their size or crops them; set its do_resize to True.")
+    longest = dict(images.size).get("longest_edge")
+    most = (longest, longest) if longest else height_width(images.size)
+    token = patch * merged
+    # it reads no more of a picture than its shape
+    shape = np.empty((3, height, width), dtype=np.bool_)
+    new_h, new_w = get_resize_output_image_size(shape, most, (token, token), ChannelDimension.FIRST)
+    y = before_resize(grid_edges(new_h // token, token), height, new_h)
+    x = before_resize(grid_edges(new_w // token, token), width, new_w)
+    return whole_picture(y, x, width, height)
+
+
+def n_patches(vision: Any, inputs: Mapping[str, Any]) -> int:  # noqa: ANN401 - a transformers config
+    """Return the number of patches of all pictures of these model inputs."""
+    sizes = inputs.get("image_sizes")
+    if sizes is None:
+        return 0
+    return int((torch.as_tensor(sizes) // vision.patch_size).prod(dim=-1).sum())
+
+
+def merge_pictures(batches: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Tensor]]:
+    """Return those batches that have pictures, with pixel values filled up to one size at the right and the bottom."""
+    present = [dict(batch) for batch in batches if batch.get("pixel_values") is not None]
+    height = max((batch["pixel_values"].shape[-2] for batch in present), default=0)
+    width = max((batch["pixel_values"].shape[-1] for batch in present), default=0)
+    for batch in present:
+        pixels = batch["pixel_values"]
+        padding = (0, width - pixels.shape[-1], 0, height - pixels.shape[-2])
+        batch["pixel_values"] = torch.nn.functional.pad(pixels, padding)
+    return present
+
+
+def random_pixtral_parts(longest_edge: int, patch: int, merged: int) -> tuple[Any, Any]:
+    """Return the configuration of a tiny vision tower, and a processor."""
+    from transformers import PixtralVisionConfig
+
+    from sae_lens_multimodal.adapters.random_models import CHAT_TEMPLATE, CONTROL, tiny_tower, word_tokenizer
+
+    control = (*CONTROL[:-1], "[IMG]", "[IMG_BREAK]", "[IMG_END]")
+    tokenizer = word_tokenizer(control, image_token="[IMG]")
+    if is_torchvision_available():
+        from transformers import PixtralProcessor
+    else:
+        PixtralProcessor = pixtral_processor()
+    processor = PixtralProcessor(
+        PixtralImageProcessorPil(size={"longest_edge": longest_edge}, patch_size={"height": patch, "width": patch}),
+        tokenizer,
+        patch_size=patch,
+        spatial_merge_size=merged,
+        chat_template=CHAT_TEMPLATE.replace("<image>", "[IMG]"),
+    )
+    return PixtralVisionConfig(**tiny_tower(longest_edge, patch, hidden_size=32)), processor

@@ -1,0 +1,291 @@
+"""A page of causal traces: layers by tokens, maps over the picture, and the features of the hottest cell."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
+
+import numpy as np
+from PIL import Image
+
+from sae_lens_multimodal.autointerp.drawing import colours
+from sae_lens_multimodal.errors import ConfigError
+from sae_lens_multimodal.report.formats import number, visible
+from sae_lens_multimodal.report.single_page import SinglePage
+from sae_lens_multimodal.types import Modality
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from sae_lens_multimodal.hooks.trace_result import CausalTrace
+    from sae_lens_multimodal.hooks.trace_story import TraceStory
+
+    Item: TypeAlias = CausalTrace | TraceStory
+    """A trace, or one with the features of its hot cell."""
+
+PAGE = SinglePage(kind="trace", what="causal traces", schema_version=1)
+CELL = 22
+"""Units of a cell's side, as in the template."""
+MAP_SIDE = 240
+"""Pixels of the longer side of a map."""
+WORTH_A_MAP = 0.02
+"""The least share that image tokens must bring back for a part to get maps."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CellView:
+    """One restoring, as a square."""
+
+    x: int
+    y: int
+    colour: str
+    title: str
+    hot: bool
+    """Whether it is the cell whose features are shown."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GridView:
+    """One part: layers from below, tokens from the left, all of a picture's tokens as one column."""
+
+    caption: str
+    columns: tuple[str, ...]
+    rows: tuple[str, ...]
+    cells: tuple[CellView, ...]
+    width: int
+    height: int
+    summary: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class MapView:
+    """What a layer's image tokens bring back, over the picture."""
+
+    caption: str
+    url: str
+    width: int
+    height: int
+    alt: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureView:
+    """One feature of the hot cell."""
+
+    feature: int
+    explanation: str
+    clean: str
+    corrupted: str
+    restored: str
+    ablated: str
+    exchanged: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class TraceView:
+    """One trace as the page shows it."""
+
+    title: str
+    about: str
+    numbers: tuple[tuple[str, str, str], ...]
+    """Each metric, clean and corrupted."""
+    grids: tuple[GridView, ...]
+    maps: tuple[tuple[str, tuple[MapView, ...]], ...]
+    """For each part that image tokens matter in, a map for each layer."""
+    cell: str
+    """The hot cell in words; "" without features."""
+    features: tuple[FeatureView, ...]
+    verdict: tuple[str, ...]
+    """What restoring and ablating the features showed, in sentences."""
+
+
+def build_trace_report(
+    items: Mapping[str, Item],
+    *,
+    output: Path | str,
+    pictures: Mapping[str, Image.Image] | None = None,
+    title: str = "Causal tracing",
+) -> Path:
+    """Write a folder with one page of traces, which opens in a browser from disk, and the numbers as JSON.
+
+    Args:
+        items: what `causal_trace` or `trace_features` gave, by the name that the page shows, such as the question.
+        output: the folder to write; one with an earlier page of this kind is replaced.
+        pictures: the first picture of each prompt, by the same names; without, there are no maps.
+        title: of the page.
+
+    Returns:
+        The page.
+
+    Raises:
+        ConfigError: there are no traces.
+        StoreError: the folder holds something else.
+    """
+    if not items:
+        raise ConfigError("Got no traces; expected at least one.")
+    shown = pictures or {}
+    views = [trace_view(name, item, shown.get(name)) for name, item in items.items()]
+    return PAGE.write(output, title=title, views=views, numbers={name: one.to_dict() for name, one in items.items()})
+
+
+def trace_view(name: str, item: Item, picture: Image.Image | None = None) -> TraceView:
+    """Turn a trace into what the page shows."""
+    from sae_lens_multimodal.hooks.trace_story import TraceStory
+
+    story = item if isinstance(item, TraceStory) else None
+    trace = item.trace if isinstance(item, TraceStory) else item
+    layers = "one layer at a time" if trace.window == 1 else f"windows of {trace.window} layers"
+    against = f" against “{trace.against}”" if trace.against else ""
+    return TraceView(
+        title=name,
+        about=(
+            f"The answer is “{trace.answer}”{against}. Corrupted by {trace.corruption}. Restored: {layers}; shares are "
+            f"of the {trace.metric.replace('_', ' ')}."
+        ),
+        numbers=tuple(
+            (metric.replace("_", " "), number(trace.clean[metric]), number(trace.corrupted[metric]))
+            for metric in trace.values
+        ),
+        grids=tuple(_grid(trace, part, story) for part in trace.parts),
+        maps=() if picture is None else _maps(trace, picture),
+        cell="" if story is None else _cell_words(story),
+        features=() if story is None else _features(story),
+        verdict=() if story is None else _verdict(story),
+    )
+
+
+def _columns(trace: CausalTrace) -> list[tuple[str, list[int]]]:
+    """Units by column: each by itself, the single tokens of a picture together."""
+    found: list[tuple[str, list[int]]] = []
+    last = ""
+    for index, unit in enumerate(trace.units):
+        place = unit.positions[0]
+        kind = int(trace.layout.modality[0, place])
+        in_picture = len(unit.positions) == 1 and kind in (Modality.IMAGE, Modality.NEWLINE)
+        name = f"picture {int(trace.layout.image_index[0, place]) + 1}" if in_picture else visible(unit.label.strip())
+        if in_picture and name == last:
+            found[-1][1].append(index)
+        else:
+            found.append((name, [index]))
+        last = name if in_picture else ""
+    return found
+
+
+def _grid(trace: CausalTrace, part: str, story: TraceStory | None) -> GridView:
+    columns, shares = _columns(trace), trace.part(part)
+    cells: list[CellView] = []
+    for row, layer in enumerate(reversed(trace.layers)):
+        own = shares[len(trace.layers) - 1 - row]
+        for at, (name, units) in enumerate(columns):
+            value = _strongest(own[units])
+            hot = (
+                story is not None and (story.cell.part, story.cell.layer) == (part, layer) and story.cell.unit in units
+            )
+            what = f"{name}, the strongest of {len(units)} tokens" if len(units) > 1 else name
+            said = f"{what}, layer {layer}: {number(value)}"
+            cells.append(CellView(x=at * CELL, y=row * CELL, colour=_colour(value), title=said, hot=hot))
+    best = max(trace.top(1, part=part), key=lambda one: one.restored, default=None)
+    where = "nothing" if best is None else f"{number(best.restored)} at {best.label.strip()}, layer {best.layer}"
+    return GridView(
+        caption=_PARTS.get(part, part),
+        columns=tuple(name for name, _ in columns),
+        rows=tuple(str(layer) for layer in reversed(trace.layers)),
+        cells=tuple(cells),
+        width=CELL * len(columns),
+        height=CELL * len(trace.layers),
+        summary=f"{_PARTS.get(part, part)}: share restored by layer and token; at most {where}.",
+    )
+
+
+_PARTS = {"resid": "Residual stream", "attn_out": "Attention output", "mlp_out": "MLP output"}
+
+
+def _strongest(values: Tensor) -> float:
+    """The value furthest from 0."""
+    known = values[~values.isnan()]
+    return float(known[known.abs().argmax()]) if len(known) else float("nan")
+
+
+def _colour(value: float) -> str:
+    """A colour for a share; what takes the answer further away is shown apart."""
+    if not np.isfinite(value):
+        return "transparent"
+    if value < -WORTH_A_MAP:
+        return "var(--wrong)"
+    red, green, blue = colours(np.array([[max(0.0, min(1.0, value))]]))[0, 0].tolist()
+    return f"#{red:02x}{green:02x}{blue:02x}"
+
+
+def _maps(trace: CausalTrace, picture: Image.Image) -> tuple[tuple[str, tuple[MapView, ...]], ...]:
+    found = []
+    for part in trace.parts:
+        values = [trace.by_position(part, layer).nan_to_num() for layer in trace.layers]
+        most = max(
+            float(one[trace.layout.is_image[0]].max()) if bool(trace.layout.is_image.any()) else 0 for one in values
+        )
+        if most < WORTH_A_MAP:
+            continue
+        maps = tuple(_map(trace, part, layer, picture, most) for layer in trace.layers)
+        found.append((f"{_PARTS.get(part, part)} (brightest: {number(most)})", maps))
+    return tuple(found)
+
+
+def _map(trace: CausalTrace, part: str, layer: int, picture: Image.Image, most: float) -> MapView:
+    levels = np.clip(trace.heatmap(part, layer) / most, 0, 1)
+    veil = np.dstack([colours(levels), np.rint(110 + 115 * levels).astype(np.uint8)])
+    base = picture.convert("RGBA").resize((levels.shape[1], levels.shape[0]))
+    painted = Image.alpha_composite(base, Image.fromarray(veil, "RGBA")).convert("RGB")
+    factor = MAP_SIDE / max(painted.size)
+    painted = painted.resize((round(painted.width * factor), round(painted.height * factor)), Image.Resampling.NEAREST)
+    buffer = io.BytesIO()
+    painted.save(buffer, "PNG", optimize=True)
+    return MapView(
+        caption=f"layer {layer}",
+        url=f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}",
+        width=painted.width,
+        height=painted.height,
+        alt=f"What restoring single image tokens of layer {layer} brings back, over the picture",
+    )
+
+
+def _cell_words(story: TraceStory) -> str:
+    cell = story.cell
+    return (
+        f"{_PARTS[cell.part]} of layer {cell.layer} at “{visible(cell.label.strip())}” brings {number(cell.restored)} "
+        f"back. {story.n_active} features of the SAE at {story.hook_name} are active there."
+    )
+
+
+def _features(story: TraceStory) -> tuple[FeatureView, ...]:
+    return tuple(
+        FeatureView(
+            feature=one.feature,
+            explanation=one.explanation or "not explained",
+            clean=number(one.clean),
+            corrupted=number(one.corrupted),
+            restored=number(one.restored),
+            ablated=number(one.ablated),
+            exchanged=number(one.exchanged),
+        )
+        for one in story.features
+    )
+
+
+def _verdict(story: TraceStory) -> tuple[str, ...]:
+    random = "nothing else is active there to compare with."
+    if story.n_random:
+        random = (
+            f"{story.n_random} random sets of as many other features active there take {number(story.ablated_random)} "
+            f"and {number(story.exchanged_random)} on average."
+        )
+    return (
+        f"All features of the SAE together bring {number(story.restored_all)} back; the cell itself "
+        f"{number(story.cell.restored)}. What is between them lies in what the SAE does not reconstruct.",
+        f"These {len(story.features)} together bring {number(story.restored_together)} back.",
+        f"Ablated together in the clean run, they take {number(story.ablated_together)} of the answer away; set to "
+        f"what they are in the corrupted run, {number(story.exchanged_together)}; {random}",
+    )

@@ -1,0 +1,285 @@
+"""Edits against plain PyTorch: the weights, the value at the token, the answer, and what is restored."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForImageTextToText
+
+from sae_lens_multimodal.adapters.model import VisionLanguageModel, load_model
+from sae_lens_multimodal.editing.compute import compute_edit
+from sae_lens_multimodal.editing.edit import Edit, RankOneChange
+from sae_lens_multimodal.editing.fine_tune import FineTuneSettings, fine_tune
+from sae_lens_multimodal.editing.keys import ordinary_keys
+from sae_lens_multimodal.editing.settings import EditSettings
+from sae_lens_multimodal.editing.store import TENSORS_NAME, load_edit, save_edit, save_edited
+from sae_lens_multimodal.editing.weights import down_projection, fingerprint
+from sae_lens_multimodal.errors import ConfigError, EditError, SelectionError, StoreError, UnknownHookError
+from sae_lens_multimodal.files import read_json, write_json
+from tests.editing.conftest import LONG, TARGET, ask, random_model
+
+PATH = "model.language_model.layers.{}.mlp.down_proj"
+
+
+def weight(model: VisionLanguageModel, layer: int = 0) -> Tensor:
+    return model._module.get_submodule(PATH.format(layer)).weight
+
+
+def bits(model: VisionLanguageModel) -> list[str]:
+    return [fingerprint(one) for one in model._module.parameters()]
+
+
+def read_by_hand(model: VisionLanguageModel, layer: int) -> tuple[Tensor, Tensor]:
+    """Input and output of the down projection at the last token, by a plain PyTorch hook on a plain forward."""
+    batch = model.encode([ask()], add_generation_prompt=True)
+    kept: list[tuple[Tensor, Tensor]] = []
+    module = model._module.get_submodule(PATH.format(layer))
+    handle = module.register_forward_hook(lambda _, given, out: kept.append((given[0][0, -1], out[0, -1])))
+    with torch.no_grad():
+        model._module(**batch)
+    handle.remove()
+    return kept[0]
+
+
+def test_the_update_is_the_published_one_and_reaches_the_value(tiny: VisionLanguageModel, found: Edit) -> None:
+    key, before = read_by_hand(tiny, 0)
+    change = found.changes[0]
+    assert isinstance(change, RankOneChange)
+    wanted = before + change.update.left
+    with found.on(tiny):
+        _, after = read_by_hand(tiny, 0)
+        difference = weight(tiny).detach().clone()
+    difference -= weight(tiny)
+    torch.testing.assert_close(after, wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(difference, change.update.left.outer(key) / (key @ key), rtol=1e-3, atol=1e-4)
+    values = torch.linalg.svdvals(difference.double())
+    assert values[1] < 1e-5 * values[0]
+
+
+def test_damping_is_lambda_in_units_of_the_key(tiny: VisionLanguageModel) -> None:
+    key, before = read_by_hand(tiny, 0)
+    edit = compute_edit(
+        tiny, [ask()], TARGET, constraint=-1, layers=0, settings=EditSettings(max_steps=3, damping=0.5)
+    )
+    with edit.on(tiny):
+        _, after = read_by_hand(tiny, 0)
+    left = edit.changes[0].tensors()["left"]
+    torch.testing.assert_close(after - before, left * (key @ key) / (0.5 * (key @ key) + key @ key), rtol=1e-3, atol=1e-4)
+
+
+def test_the_answer_is_that_of_a_hook_that_writes_the_value(tiny: VisionLanguageModel, found: Edit) -> None:
+    batch = tiny.encode([ask()], add_generation_prompt=True)
+    place = batch["input_ids"].shape[1] - 1
+    change = found.changes[0].tensors()["left"]
+
+    def write(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+        if output.shape[1] > 1:
+            output = output.clone()
+            output[0, place] += change
+        return output
+
+    handle = tiny._module.get_submodule(PATH.format(0)).register_forward_hook(write)
+    with torch.no_grad():
+        hooked = tiny._module(**batch).logits[0, -1].log_softmax(-1)
+        by_hook = tiny._module.generate(**batch, max_new_tokens=1, do_sample=False)
+    handle.remove()
+    with found.on(tiny):
+        edited = tiny.answer(ask(), max_new_tokens=1)[0]
+    new = by_hook[0, batch["input_ids"].shape[1] :]
+    assert tiny.tokenizer.decode(new, skip_special_tokens=True).strip() == edited == TARGET
+    first = tiny.tokenizer(TARGET, add_special_tokens=False)["input_ids"][0]
+    assert found.record["probability"] == pytest.approx(float(hooked[first].exp()), rel=1e-4)
+    assert found.record["probability"] > 0.9 > 0.5 > found.record["probability_before"]
+    assert tiny.answer(ask(), max_new_tokens=1)[0] != TARGET
+
+
+def test_the_recorded_probability_is_that_of_plain_forwards(tiny: VisionLanguageModel) -> None:
+    # a target of two tokens, and the end
+    ids = [*tiny.tokenizer("red circle", add_special_tokens=False)["input_ids"], tiny.tokenizer.eos_token_id]
+    found = compute_edit(tiny, [ask()], "red circle", constraint=-1, layers=0, settings=EditSettings(max_steps=20))
+    batch = tiny.encode([ask()], add_generation_prompt=True)
+    place = batch["input_ids"].shape[1] - 1
+    tokens = torch.cat([batch["input_ids"], torch.tensor([ids])], dim=1)
+    inputs = {**batch, "input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+
+    def probability(change: Tensor) -> float:
+        def write(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+            output = output.clone()
+            output[0, place] += change
+            return output
+
+        handle = tiny._module.get_submodule(PATH.format(0)).register_forward_hook(write)
+        with torch.no_grad():
+            logs = tiny._module(**inputs).logits[0, -len(ids) - 1 : -1].log_softmax(-1)
+        handle.remove()
+        return float(logs.gather(-1, torch.tensor(ids)[:, None]).sum().exp())
+
+    left = found.changes[0].tensors()["left"]
+    assert found.record["probability"] == pytest.approx(probability(left), rel=1e-3)
+    assert found.record["probability_before"] == pytest.approx(probability(torch.zeros_like(left)), rel=1e-3, abs=1e-7)
+
+
+def test_weights_are_restored_bit_for_bit(tiny: VisionLanguageModel, found: Edit) -> None:
+    before = bits(tiny)
+    with found.on(tiny):
+        assert bits(tiny) != before
+    assert bits(tiny) == before
+    with pytest.raises(RuntimeError, match="on the way"), found.on(tiny):
+        raise RuntimeError("on the way")
+    assert bits(tiny) == before
+    compute_edit(tiny, [ask()], "blue", constraint=-1, layers=[0, 1], settings=EditSettings(max_steps=2))
+    fine_tune(tiny, [ask()], "blue", layer=1, settings=FineTuneSettings(max_steps=2))
+    assert bits(tiny) == before
+
+
+def test_edits_within_one_another(tiny: VisionLanguageModel, found: Edit) -> None:
+    before = bits(tiny)
+    with found.on(tiny):
+        within = bits(tiny)
+        second = compute_edit(tiny, [ask("is this a red ?")], "no", constraint=-1, layers=0, settings=LONG)
+        with second.on(tiny):
+            assert tiny.answer(ask("is this a red ?"), max_new_tokens=1)[0] == "no"
+        assert bits(tiny) == within
+    assert bits(tiny) == before
+    with pytest.raises(EditError, match="not the one that the edit was made for"), second.on(tiny):
+        pass
+
+
+def test_a_saved_edit_reads_back_the_same(tiny: VisionLanguageModel, found: Edit, tmp_path: Path) -> None:
+    folder = save_edit(found, tmp_path / "edit")
+    again = load_edit(folder)
+    assert again.target == TARGET
+    assert again.record["probability"] == found.record["probability"]
+    with found.on(tiny):
+        edited = bits(tiny)
+    with again.on(tiny):
+        assert bits(tiny) == edited
+    assert (folder / TENSORS_NAME).stat().st_size < weight(tiny).numel() * 4 / 4
+    other = random_model(seed=1)
+    with pytest.raises(EditError, match="not the one"), again.on(other):
+        pass
+    untouched = bits(other)
+    again.apply(other, check=False)
+    assert bits(other) != untouched
+
+
+def test_a_broken_folder_is_refused(found: Edit, tmp_path: Path) -> None:
+    folder = save_edit(found, tmp_path / "edit")
+    content = (folder / TENSORS_NAME).read_bytes()
+    (folder / TENSORS_NAME).write_bytes(content[:-4] + b"1234")
+    with pytest.raises(StoreError, match="not the file that the manifest names"):
+        load_edit(folder)
+    manifest = read_json(folder / "manifest.json")
+    write_json(folder / "manifest.json", {**manifest, "kind": "features"})
+    with pytest.raises(StoreError, match="expected 'model edit'"):
+        load_edit(folder)
+
+
+def test_a_checkpoint_has_the_edit_in_it(tiny: VisionLanguageModel, found: Edit, tmp_path: Path) -> None:
+    before = bits(tiny)
+    folder = save_edited(tiny, found, tmp_path / "checkpoint")
+    assert bits(tiny) == before
+    with found.on(tiny):
+        wanted = weight(tiny).detach().clone()
+    plain: Any = AutoModelForImageTextToText.from_pretrained(folder)
+    assert torch.equal(plain.get_submodule(PATH.format(0)).weight, wanted)
+    assert load_model(folder).answer(ask(), max_new_tokens=1)[0] == TARGET
+    with pytest.raises(StoreError, match="not empty"):
+        save_edited(tiny, found, folder)
+
+
+def test_half_precision_says_what_it_swallows() -> None:
+    half = random_model(torch.bfloat16)
+    tiny_clamp = EditSettings(max_steps=2, clamp=1e-4)
+    with pytest.warns(UserWarning, match=r"bfloat16 swallows the edit") as seen:
+        edit = compute_edit(half, [ask()], TARGET, constraint=-1, layers=0, settings=tiny_clamp)
+    assert any("the clamp of 0.0001 holds the value back" in str(one.message) for one in seen)
+    assert edit.record["length"] == pytest.approx(1e-4, rel=1e-2)
+    long = compute_edit(half, [ask()], TARGET, constraint=-1, layers=0, settings=LONG)
+    assert long.record["landed"][0] == pytest.approx(1, abs=0.05)
+    with long.on(half):
+        assert half.answer(ask(), max_new_tokens=1)[0] == TARGET
+
+
+def test_several_layers_share_the_change(tiny: VisionLanguageModel) -> None:
+    edit = compute_edit(tiny, [ask()], TARGET, constraint=-1, layers=[0, 1], settings=LONG)
+    assert edit.layers == (0, 1)
+    wanted = compute_edit(tiny, [ask()], TARGET, constraint=-1, layers=1, settings=LONG).changes[0].tensors()["left"]
+
+    def stream() -> Tensor:
+        kept: list[Tensor] = []
+        block = tiny._module.get_submodule("model.language_model.layers.1")
+        handle = block.register_forward_hook(lambda _m, _i, out: kept.append(out))
+        batch = tiny.encode([ask()], add_generation_prompt=True)
+        with torch.no_grad():
+            tiny._module(**batch)
+        handle.remove()
+        return kept[0][0, -1]
+
+    before = stream()
+    with edit.on(tiny):
+        after = stream()
+    # each layer is a rank-one update by itself, and together they move the stream as one layer alone would
+    torch.testing.assert_close(after - before, wanted, rtol=1e-3, atol=1e-3)
+    assert edit.changes[0].tensors()["left"].norm() > 0
+
+
+def test_ordinary_keys_protect_other_prompts(tiny: VisionLanguageModel) -> None:
+    others = [ask("is there a red circle ?"), ask("is this a blue square ?"), ask("is this green ?", colour=None)]
+    keys = ordinary_keys(tiny, others, 0)
+    assert keys[0].shape[1] == weight(tiny).shape[1]
+    plain, turned = (
+        compute_edit(tiny, [ask()], TARGET, constraint=-1, layers=0, ordinary=some, settings=LONG)
+        for some in (None, keys)
+    )
+    moved = [(keys[0] @ one.changes[0].tensors()["right"]).abs().mean() for one in (plain, turned)]
+    assert moved[1] < 0.3 * moved[0]
+    few = ordinary_keys(tiny, others, 0, n_keys=3, seed=1)[0]
+    assert all((row == keys[0]).all(-1).any() for row in few)
+    with pytest.raises(EditError, match="for layer 1"):
+        compute_edit(tiny, [ask()], TARGET, constraint=-1, layers=1, ordinary=keys)
+
+
+def test_essence_is_kept(tiny: VisionLanguageModel) -> None:
+    kept = ask("is this a red circle ?")
+    batch = tiny.encode([kept], add_generation_prompt=True)
+
+    def next_token() -> Tensor:
+        with torch.no_grad():
+            return tiny._module(**batch).logits[0, -1].log_softmax(-1)
+
+    before, moved = next_token(), []
+    for weight_of in (0.0, 5.0):
+        settings = EditSettings(max_steps=60, clamp=None, essence_weight=weight_of, end=False)
+        edit = compute_edit(tiny, [ask()], TARGET, constraint=-1, layers=0, essence=[kept], settings=settings)
+        with edit.on(tiny):
+            moved.append(float((before.exp() * (before - next_token())).sum()))
+    assert moved[1] < 0.5 * moved[0]
+
+
+def test_fine_tuning_stays_within_its_bound(tiny: VisionLanguageModel) -> None:
+    settings = FineTuneSettings(max_steps=60, bound=0.3, learning_rate=0.05, end=False)
+    edit = fine_tune(tiny, [ask()], TARGET, layer=1, settings=settings)
+    whole = edit.changes[0].tensors()["whole"]
+    unit = float(weight(tiny, 1).detach().square().mean().sqrt())
+    assert float(whole.abs().max()) <= 0.3 * unit * 1.001
+    with edit.on(tiny):
+        assert tiny.answer(ask(), max_new_tokens=1)[0] == TARGET
+
+
+def test_mistakes_are_said(tiny: VisionLanguageModel) -> None:
+    with pytest.raises(UnknownHookError, match=r"blocks\.9"):
+        compute_edit(tiny, [ask()], TARGET, constraint=-1, layers=9)
+    with pytest.raises(SelectionError, match="'green star', which is not in the prompt"):
+        compute_edit(tiny, [ask()], TARGET, constraint="green star", layers=0)
+    with pytest.raises(ConfigError, match="knows not every word"):
+        compute_edit(tiny, [ask()], "zebra", constraint=-1, layers=0)
+    with pytest.raises(EditError, match="no prompt"):
+        compute_edit(tiny, [], TARGET, constraint=-1, layers=0)
+    with pytest.raises(ConfigError, match="clamp"):
+        compute_edit(tiny, [ask()], TARGET, constraint=-1, layers=0, settings=EditSettings(clamp=0.0))
+    assert down_projection(tiny, 1).path == PATH.format(1)

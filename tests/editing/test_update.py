@@ -1,0 +1,56 @@
+"""The closed form, by hand and against dense linear algebra."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sae_lens_multimodal.editing.update import rank_one_update, readings, whitened
+
+GENERATOR = torch.Generator().manual_seed(0)
+
+
+def random(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=GENERATOR)
+
+
+def test_published_formula_by_hand() -> None:
+    weight = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
+    key, wanted = torch.tensor([3.0, 4.0]), torch.tensor([13.0, 9.0])
+    # W k = (3, 8), so the change is (10, 1); λ + ‖k‖² = 5 + 25
+    left, right = rank_one_update(wanted - weight @ key, key, damping=5.0)
+    expected = torch.tensor([[10 * 3 / 30, 10 * 4 / 30], [1 * 3 / 30, 1 * 4 / 30]])
+    torch.testing.assert_close(left.outer(right), expected)
+
+
+def test_without_damping_the_key_gets_its_value_and_the_rank_is_one() -> None:
+    weight, key, wanted = random(6, 9), random(9), random(6)
+    for ordinary in (None, random(20, 9), random(4, 9)):
+        left, right = rank_one_update(wanted - weight @ key, key, ordinary=ordinary)
+        torch.testing.assert_close((weight + left.outer(right)) @ key, wanted, rtol=1e-5, atol=1e-5)
+        values = torch.linalg.svdvals(left.outer(right))
+        assert values[1] < 1e-5 * values[0]
+
+
+def test_damping_gives_its_share() -> None:
+    change, key = random(6), random(9)
+    update = rank_one_update(change, key, damping=0.25 * float(key @ key))
+    torch.testing.assert_close(update.left.outer(update.right) @ key, change / 1.25)
+    torch.testing.assert_close(readings(key[None], update), torch.tensor([1 / 1.25]))
+
+
+@pytest.mark.parametrize("n", [3, 40])
+def test_whitening_agrees_with_the_dense_inverse(n: int) -> None:
+    key, ordinary, ridge = random(9), random(n, 9), 0.05
+    covariance = ordinary.double().T @ ordinary.double() / n
+    dense = torch.linalg.inv(covariance + ridge * covariance.diagonal().mean() * torch.eye(9)) @ key.double()
+    dense *= (key.double() @ key.double()) / (dense @ key.double())
+    torch.testing.assert_close(whitened(key, ordinary, ridge), dense)
+
+
+def test_ordinary_keys_read_less_of_the_change() -> None:
+    shared = 3 * random(64)
+    ordinary, key = shared + random(50, 64), shared + random(64)
+    plain, turned = (rank_one_update(random(6), key, ordinary=some) for some in (None, ordinary))
+    assert readings(ordinary, plain).abs().mean() > 0.5
+    assert readings(ordinary, turned).abs().mean() < 0.1

@@ -1,0 +1,150 @@
+"""The features of the hot cell: each number is what steering the model by hand gives."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from sae_lens_multimodal.adapters.model import VisionLanguageModel, load_model
+from sae_lens_multimodal.adapters.random_models import random_llava_next
+from sae_lens_multimodal.errors import ConfigError, SAEMismatchError
+from sae_lens_multimodal.hooks.changes import Ablate
+from sae_lens_multimodal.hooks.read import read_activations
+from sae_lens_multimodal.hooks.steer import steer
+from sae_lens_multimodal.hooks.trace_corruptions import ReplaceTokens
+from sae_lens_multimodal.hooks.trace_story import TraceStory, trace_features
+from tests.hooks.hook_samples import HOOK, SAE, build_sae
+from tests.hooks.trace_samples import ask, plain_logits
+
+CLEAN, CORRUPTED = ask((200, 10, 10)), ask((10, 200, 60))
+
+
+@pytest.fixture(scope="module")
+def story(model: VisionLanguageModel, sae: SAE[Any]) -> TraceStory:
+    return trace_features(
+        model,
+        sae,
+        CLEAN,
+        CORRUPTED,
+        answer="red",
+        positions={"picture": "image", "end": "last"},
+        min_gap=None,
+        n_features=3,
+        explanations={feature: f"says {feature}" for feature in range(0, 96, 2)},
+    )
+
+
+def _log_probability(model: VisionLanguageModel, logits: torch.Tensor) -> float:
+    red = int(model.tokenizer.convert_tokens_to_ids("red"))
+    return float(logits[-1].log_softmax(-1)[red].detach())
+
+
+def test_the_numbers_are_those_of_steering_by_hand(
+    model: VisionLanguageModel, sae: SAE[Any], story: TraceStory
+) -> None:
+    assert story.hook_name == HOOK
+    assert story.trace.metric == "log_probability"
+    assert (story.cell.part, story.cell.layer) == ("resid", 0)
+    best = story.trace.part("resid")[0]
+    assert story.cell.unit == int(best.argmax())
+    clean, corrupted = (model.encode(one, add_generation_prompt=True) for one in (CLEAN, CORRUPTED))
+    places = list(story.trace.units[story.cell.unit].positions)
+    high = _log_probability(model, plain_logits(model, clean))
+    low = _log_probability(model, plain_logits(model, corrupted))
+    one, two = (read_activations(model, batch, HOOK)[HOOK] for batch in (clean, corrupted))
+    difference = sae.encode(one) - sae.encode(two)
+
+    def changed(batch: Any, value: torch.Tensor, features: list[int], sign: int) -> float:
+        value = value.clone()
+        value[0, places] += sign * (difference[0, places][:, features] @ sae.W_dec[features])
+        with model.trace(**batch):
+            model.hooks[HOOK] = value
+            logits = model.output.logits.save()
+        return _log_probability(model, logits[0])
+
+    chosen = [finding.feature for finding in story.features]
+    assert len(set(chosen)) == 3
+    for features, restored, exchanged in (
+        *(([one.feature], one.restored, one.exchanged) for one in story.features),
+        (chosen, story.restored_together, story.exchanged_together),
+    ):
+        assert restored == pytest.approx((changed(corrupted, two, features, 1) - low) / (high - low), abs=1e-3)
+        assert exchanged == pytest.approx((high - changed(clean, one, features, -1)) / (high - low), abs=1e-3)
+    whole = changed(corrupted, two, list(range(96)), 1)
+    assert story.restored_all == pytest.approx((whole - low) / (high - low), abs=1e-3)
+    for features, lost in (
+        *(([finding.feature], finding.ablated) for finding in story.features),
+        (chosen, story.ablated_together),
+    ):
+        ablated = steer(model, sae, {feature: Ablate() for feature in features}, tokens=places)
+        with torch.no_grad(), ablated.trace(**clean):
+            logits = ablated.output.logits.save()
+        assert lost == pytest.approx((high - _log_probability(model, logits[0])) / (high - low), abs=1e-3)
+
+
+def test_features_are_chosen_one_after_the_other(model: VisionLanguageModel, sae: SAE[Any], story: TraceStory) -> None:
+    fewer = trace_features(
+        model, sae, CLEAN, CORRUPTED, answer="red", positions={"picture": "image", "end": "last"}, min_gap=None,
+        n_features=2,
+    )  # fmt: skip
+    assert [one.feature for one in fewer.features] == [one.feature for one in story.features][:2]
+    assert [one.explanation for one in story.features] == [
+        f"says {one.feature}" if one.feature % 2 == 0 else None for one in story.features
+    ]
+    assert all(one.explanation is None for one in fewer.features)
+    assert story.n_random == 8
+    assert story.to_dict()["features"][0]["feature"] == story.features[0].feature
+
+
+def test_a_planted_feature_is_found() -> None:
+    """The answer is written by the one direction that one feature reads, on top of a model that does nothing else."""
+    module, processor = random_llava_next()
+    built = load_model(module, processor=processor)
+    text = module.model.language_model
+    answer, said = (processor.tokenizer.convert_tokens_to_ids(word) for word in ("yes", "?"))
+    with torch.no_grad():
+        for layer in text.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        text.norm.weight.fill_(1.0)
+        text.embed_tokens.weight.copy_(torch.eye(48)[: len(text.embed_tokens.weight)])
+        module.lm_head.weight.zero_()
+        module.lm_head.weight[answer, said] = 1.0
+    planted = build_sae("standard", metadata={"hook_name": HOOK, "model_name": built.name})
+    with torch.no_grad():
+        planted.W_enc.zero_()
+        planted.W_dec.zero_()
+        planted.b_enc.zero_()
+        planted.b_dec.zero_()
+        for feature in range(len(text.embed_tokens.weight)):
+            planted.W_enc[feature, feature + 5] = planted.W_dec[feature + 5, feature] = 1.0
+    batch = built.encode(CLEAN, add_generation_prompt=False)
+    last = batch.layout.n_tokens - 1
+    found = trace_features(
+        built, planted, batch, ReplaceTokens([last], "red"), answer="yes", positions=[last], metric="probability"
+    )
+    assert found.features[0].feature == said + 5
+    assert found.features[0].restored > 0.5
+    assert found.features[0].exchanged == pytest.approx(found.features[0].ablated, abs=1e-5)
+    assert found.restored_together == pytest.approx(1.0, abs=1e-4)
+    assert found.restored_all == pytest.approx(1.0, abs=1e-4)
+
+
+def test_of_several_saes_the_hottest_cell_is_taken(model: VisionLanguageModel, sae: SAE[Any]) -> None:
+    other = build_sae(metadata={"hook_name": "blocks.1.hook_mlp_out", "model_name": model.name})
+    found = trace_features(
+        model, [sae, other], CLEAN, CORRUPTED, answer="red", positions={"picture": "image"}, min_gap=None, n_features=1
+    )
+    cells = {(one.part, one.layer): one.restored for one in found.trace.top(100)}
+    assert found.cell.restored == max(cells["resid", 0], cells["mlp_out", 1])
+    assert found.trace.parts == ["resid", "mlp_out", "attn_out"]
+
+
+def test_what_cannot_be_told_is_refused(model: VisionLanguageModel, sae: SAE[Any]) -> None:
+    with pytest.raises(ConfigError, match="n_features=0"):
+        trace_features(model, sae, CLEAN, CORRUPTED, answer="red", n_features=0)
+    inside = build_sae(metadata={"hook_name": "blocks.0.ln2.hook_out", "model_name": model.name})
+    with pytest.raises(SAEMismatchError, match="a trace restores"):
+        trace_features(model, inside, CLEAN, CORRUPTED, answer="red")
