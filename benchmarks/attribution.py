@@ -32,7 +32,7 @@ from sae_lens_multimodal.scenes.questions import attribute_question
 METHODS: dict[str, dict[str, Any]] = {
     "gradient": {},
     "grouped gradients, 4": {"method": "grouped_gradients", "n_steps": 4},
-    "grouped gradients, 8": {"method": "grouped_gradients", "n_steps": 8},
+    "grouped gradients, 6": {"method": "grouped_gradients", "n_steps": 6},
     "integrated gradients, 4": {"method": "integrated_gradients", "n_steps": 4},
 }
 
@@ -65,26 +65,34 @@ def timed(function: Callable[[], Any], repeats: int = 3) -> tuple[float, Any]:
 
 def measure(model: Any, sae: Any, prompts: list[Any], top: int) -> dict[str, dict[str, list[float]]]:  # noqa: ANN401
     """For each method its correlations and speed-ups, prompt by prompt."""
-    found: dict[str, dict[str, list[float]]] = {name: {"own": [], "same": [], "times": []} for name in METHODS}
+    found: dict[str, dict[str, list[float]]] = {
+        name: {"own": [], "size": [], "sign": [], "times": []} for name in METHODS
+    }
     for conversation, metric in prompts:
         true_effects: dict[Any, float] = {}
-        first: list[Any] = []
         for name, how in METHODS.items():
             seconds, result = timed(
                 lambda how=how, c=conversation, m=metric: attribute(model, sae, c, m, completeness=False, **how)
             )
             nodes = result.top(top)
-            first = first or [one.node for one in nodes]
             unknown = [one for one in nodes if one.node not in true_effects]
             if unknown:
                 effects, _ = ablate_nodes(model, sae, result, unknown)
                 true_effects |= {one.node: float(value) for one, value in zip(unknown, effects, strict=True)}
-            estimated = {one.node: one.effect for one in result.top(result.n_nodes)}
-            for key, chosen in (("own", [one.node for one in nodes]), ("same", first)):
-                pair = ([estimated[one] for one in chosen], [true_effects[one] for one in chosen])
-                found[name][key].append(spearman(*pair))
+            estimated = [one.effect for one in nodes]
+            true = [true_effects[one.node] for one in nodes]
+            found[name]["own"].append(spearman(estimated, true))
+            found[name]["size"].append(spearman(np.abs(estimated).tolist(), np.abs(true).tolist()))
+            found[name]["sign"].append(float(np.mean(np.sign(estimated) == np.sign(true))))
             found[name]["times"].append(result.n_nodes * one_ablation(model, result) / seconds)
     return found
+
+
+def interval(values: np.ndarray[Any, Any]) -> tuple[float, float]:
+    """The mean's 95% bootstrap interval over prompts."""
+    drawn = np.random.default_rng(0).choice(values, (2000, len(values))).mean(axis=1)
+    low, high = np.quantile(drawn, (0.025, 0.975))
+    return float(low), float(high)
 
 
 def one_ablation(model: Any, result: Any) -> float:  # noqa: ANN401
@@ -99,7 +107,7 @@ def main() -> None:
     parser.add_argument("--hooks", nargs="+", default=["blocks.0.hook_resid_post", "blocks.3.hook_resid_post"])
     parser.add_argument("--tokens", type=int, default=200_000, help="tokens that each SAE is trained on")
     parser.add_argument("--sae", type=Path, nargs="+", help="folders of SAEs to use instead")
-    parser.add_argument("--prompts", type=int, default=8)
+    parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--top", type=int, default=100)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -109,14 +117,17 @@ def main() -> None:
         if options.sae
         else [cached_sae(model, hook, options.tokens) for hook in options.hooks]
     )
-    print("| hook | method | Spearman, own top | lowest | Spearman, gradient's top | times cheaper than one by one |")
-    print("|---|---|---|---|---|---|")
+    print(
+        "| hook | method | Spearman, mean [95%] | lowest | of absolute values | right sign | times cheaper than one by "
+        "one |\n|---|---|---|---|---|---|---|"
+    )
     for sae in saes:
         for name, values in measure(model, sae, questions(options.prompts), options.top).items():
-            own, same, times = (np.array(values[key]) for key in ("own", "same", "times"))
+            own, size, sign, times = (np.array(values[key]) for key in ("own", "size", "sign", "times"))
+            low, high = interval(own)
             print(
-                f"| {sae.cfg.metadata.hook_name} | {name} | {own.mean():.3f} | {own.min():.3f} | {same.mean():.3f} | "
-                f"{np.median(times):.0f} |",
+                f"| {sae.cfg.metadata.hook_name} | {name} | {own.mean():.3f} [{low:.3f}, {high:.3f}] | {own.min():.3f} | "
+                f"{size.mean():.3f} | {sign.mean():.2f} | {np.median(times):.0f} |",
                 flush=True,
             )
 

@@ -66,7 +66,13 @@ def main() -> None:
     print("| layer | method | efficacy | generalisation | specificity | P(target) | s an edit |")
     print("|---|---|---|---|---|---|---|")
     for layer in layers:
-        row(model, f"{layer} | rank one", cases, ranked(model, layer, options.constraint, keys, settings), options.groups)
+        row(
+            model,
+            f"{layer} | rank one",
+            cases,
+            ranked(model, layer, options.constraint, keys, settings),
+            options.groups,
+        )
         if not options.no_fine_tuning:
             row(model, f"{layer} | fine-tuning", cases, tuned(model, layer), options.groups)
 

@@ -65,10 +65,8 @@ def published_loop(
 
 def corruptions(model: Any, case: ConstraintCase) -> dict[str, Corruption]:  # noqa: ANN401
     """A word of the question replaced, and the thing that it is about painted over."""
-    visual = next(one for one in case.clean.constraints if one.kind == "visual")
-    assert visual.box is not None
-    tokens = case.clean.positions(model.family)[visual.text]
-    return {"a word replaced": ReplaceTokens(tokens, case.absent), "a region blanked": BlankRegion(visual.box)}
+    tokens = case.clean.positions(model.family)[case.word]
+    return {"a word replaced": ReplaceTokens(tokens, case.other_word), "a region blanked": BlankRegion(case.box)}
 
 
 def measured(model: Any, case: ConstraintCase, sample: int, tokens_per_pass: int, label: str) -> list[str]:  # noqa: ANN401

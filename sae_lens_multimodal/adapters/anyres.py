@@ -162,6 +162,11 @@ class AnyresFamily(Family, ABC):
         geometry = self.geometry()
         return sum(geometry.n_views(width, height) for height, width in torch.as_tensor(sizes).tolist())
 
+    def picture_sizes(self, inputs: Mapping[str, Any]) -> list[tuple[int, int]] | None:
+        """Read the sizes that the model itself needs to arrange tiles."""
+        sizes = inputs.get("image_sizes")
+        return None if sizes is None else [(width, height) for height, width in torch.as_tensor(sizes).tolist()]
+
     def scan_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Give picture sizes as numbers: how many tiles there are follows from them."""
         sizes = inputs.get("image_sizes")

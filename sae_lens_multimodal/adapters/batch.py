@@ -18,16 +18,11 @@ _known_sizes = WeakTensorKeyDictionary()
 
 
 def known_picture_sizes(inputs: Mapping[str, Any]) -> list[tuple[int, int]] | None:
-    """Return (width, height) of all pictures of model inputs, prompt by prompt.
-
-    They are known where the inputs are those of an `EncodedBatch`, or name `image_sizes` themselves; else None.
-    """
-    ids, sizes = inputs.get("input_ids"), inputs.get("image_sizes")
-    if isinstance(ids, Tensor) and ids in _known_sizes:
-        return [size for row in _known_sizes[ids] for size in row]
-    if sizes is None:
+    """Return (width, height) of all pictures of an `EncodedBatch`'s inputs, prompt by prompt; None for other inputs."""
+    ids = inputs.get("input_ids")
+    if not isinstance(ids, Tensor) or ids not in _known_sizes:
         return None
-    return [(int(width), int(height)) for height, width in torch.as_tensor(sizes).tolist()]
+    return [size for row in _known_sizes[ids] for size in row]
 
 
 @dataclass(frozen=True, eq=False)

@@ -148,3 +148,11 @@ def qwen3_5() -> type[Family]:
     from sae_lens_multimodal.adapters.qwen3_5 import Qwen35
 
     return Qwen35
+
+
+@family("qwen3_5_moe")
+def qwen3_5_moe() -> type[Family]:
+    """Qwen3.5 with mixtures of experts."""
+    from sae_lens_multimodal.adapters.qwen3_5_moe import Qwen35Moe
+
+    return Qwen35Moe

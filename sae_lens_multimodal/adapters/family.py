@@ -65,6 +65,8 @@ class Family(ABC):
     """Path of the norm before the unembedding."""
     unembedding: ClassVar[str]
     """Path of the unembedding."""
+    parallel_blocks: ClassVar[bool] = False
+    """Whether attention and MLP of a block read the same residual stream, so that it has no `hook_resid_mid`."""
     released: ClassVar[tuple[Released, ...]] = ()
     """Checkpoints known to load by name, by structure."""
 
@@ -141,6 +143,10 @@ class Family(ABC):
         """Return how many pieces of pictures the modules in `media_modules` see, in the finest of their units."""
         pixels = inputs.get("pixel_values")
         return 0 if pixels is None else len(pixels)
+
+    def picture_sizes(self, inputs: Mapping[str, Any]) -> list[tuple[int, int]] | None:
+        """Return (width, height) of the original pictures, where model inputs tell them; else None."""
+        return None
 
     def media_axis(self, path: str) -> int:
         """Return the dimension that counts pieces of pictures in the tensors of the module at this path."""

@@ -29,7 +29,8 @@ class Llava(Family):
     """LLaVA-1.5 and those built like it: each picture is one square view, cut into patches.
 
     Boxes are exact. Where the processor crops the view from the middle, as LLaVA-1.5's does, what lies outside of it
-    is seen by no token and lies in no box; where it fills up to a square, patches of filling have an empty box.
+    is seen by no token and lies in no box; where it fills up to a square, patches of filling have an empty box. Models
+    of this type with Pixtral's vision tower are `LlavaPixtral`'s.
     """
 
     model_type: ClassVar[str] = "llava"
@@ -47,6 +48,10 @@ class Llava(Family):
             names=("llava-hf/llava-interleave-qwen-0.5b-hf", "llava-hf/llava-interleave-qwen-7b-hf"),
             structure={"image_size": 384, "patch_size": 14, "tower": "siglip_vision_model"},
         ),
+        Released(
+            names=("mistral-community/pixtral-12b",),
+            structure={"image_size": 1024, "patch_size": 16, "tower": "pixtral"},
+        ),
     )
 
     def __init__(self, config: Any, processor: Any) -> None:  # noqa: ANN401 - transformers' own
@@ -61,6 +66,15 @@ class Llava(Family):
             config.vision_config, 1 if strategy == "default" else 0, f"vision_feature_select_strategy={strategy!r}"
         )
         complete_processor(config, processor, strategy)
+
+    @classmethod
+    def of(cls, module: Any, processor: Any) -> Family:  # noqa: ANN401 - any transformers model and processor
+        """Return the adapter of a loaded model; Pixtral is of this type too, and has one of its own."""
+        if module.config.vision_config.model_type != "pixtral":
+            return cls(module.config, processor)
+        from sae_lens_multimodal.adapters.llava_pixtral import LlavaPixtral
+
+        return LlavaPixtral(module.config, processor)
 
     def hook_points(self) -> Sequence[HookPoint]:
         """Return all named hooks in the order in which a forward pass reaches them."""
@@ -86,6 +100,10 @@ class Llava(Family):
     @classmethod
     def random_model(cls, seed: int = 0, **structure: Any) -> tuple[Any, Any]:  # noqa: ANN401 - by name
         """Return a tiny LLaVA-1.5 with random weights, and its processor; see `_random`."""
+        if structure.get("tower") == "pixtral":
+            from sae_lens_multimodal.adapters.llava_pixtral import LlavaPixtral
+
+            return LlavaPixtral.random_model(seed, **structure)
         return _random(seed, **structure)
 
 

@@ -2,53 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar, final
 
-import torch
-from torch import Tensor
-
-from sae_lens_multimodal.adapters.family import Family, ImageTokens, Released
+from sae_lens_multimodal.adapters.family import Released
 from sae_lens_multimodal.adapters.hook_points import HookPoint, Part
-from sae_lens_multimodal.adapters.modules import (
-    LANGUAGE,
-    OLD_PATHS,
-    PROJECTOR,
-    UNEMBEDDING,
-    VISION,
-    embedding_hook,
-    language_block,
-    language_hooks,
-)
-from sae_lens_multimodal.adapters.pixtral import (
-    marker_kinds,
-    merge_pictures,
-    n_patches,
-    pixtral_axis,
-    pixtral_hooks,
-    pixtral_processor,
-    pixtral_tokens,
-    random_pixtral_parts,
-)
-from sae_lens_multimodal.errors import UnsupportedModelError
-from sae_lens_multimodal.types import Modality
+from sae_lens_multimodal.adapters.modules import PROJECTOR, embedding_hook, language_block, language_hooks
+from sae_lens_multimodal.adapters.pixtral import PixtralFamily, pixtral_hooks, random_pixtral_parts
 
 
 @final
-class Mistral3(Family):
+class Mistral3(PixtralFamily):
     """Mistral Small 3.1 and its like: a picture keeps its shape, and squares of patches are merged to tokens.
 
-    Boxes are exact: each token holds a square of patches that no other token shares. A break ends each row of tokens
-    but the last, which the end of the picture ends. In the vision tower all pictures of a batch are one sequence of
-    patches: [1, patches, d].
+    Boxes are exact: each token holds a square of patches that no other token shares.
     """
 
     model_type: ClassVar[str] = "mistral3"
-    media_keys: ClassVar[tuple[str, ...]] = ("pixel_values", "image_sizes")
-    media_modules: ClassVar[tuple[str, ...]] = (VISION, PROJECTOR)
-    old_paths: ClassVar[Mapping[str, str]] = OLD_PATHS
-    final_norm: ClassVar[str] = f"{LANGUAGE}.norm"
-    unembedding: ClassVar[str] = UNEMBEDDING
     released: ClassVar[tuple[Released, ...]] = (
         Released(
             names=(
@@ -59,21 +29,10 @@ class Mistral3(Family):
         ),
     )
 
-    def __init__(self, config: Any, processor: Any) -> None:  # noqa: ANN401 - transformers' own
-        """Read the configuration.
-
-        Raises:
-            UnsupportedModelError: the vision tower is of another kind.
-        """
-        super().__init__(config, processor)
-        if config.vision_config.model_type != "pixtral":
-            raise UnsupportedModelError(
-                f"the vision tower is of the kind {config.vision_config.model_type!r}; supported is pixtral."
-            )
-
-    def markers(self) -> Mapping[int, Modality]:
-        """Return the breaks after rows of tokens, and the end of a picture."""
-        return marker_kinds(self.processor)
+    @property
+    def merged(self) -> int:
+        """Patches along one side of the square that a token stands for."""
+        return int(self.config.spatial_merge_size)
 
     def hook_points(self) -> Sequence[HookPoint]:
         """Return all named hooks in the order in which a forward pass reaches them."""
@@ -94,36 +53,6 @@ class Mistral3(Family):
             *(part.at(prefix="projector.", path=PROJECTOR, tower="projector") for part in projector),
             *language_hooks(text, language_block(text)),
         )
-
-    def image_tokens(self, width: int, height: int) -> ImageTokens:
-        """Return how the placeholders of a picture of this size lie in it.
-
-        Raises:
-            LayoutError: processor and model disagree about the size of patches.
-        """
-        return pixtral_tokens(self.config, self.processor, width, height, merged=int(self.config.spatial_merge_size))
-
-    def media_rows(self, inputs: Mapping[str, Any]) -> int:
-        """Return the number of patches of all pictures."""
-        return n_patches(self.config.vision_config, inputs)
-
-    def media_axis(self, path: str) -> int:
-        """Return 1 in the vision tower, where the pictures of a batch are one sequence; 0 in the projector."""
-        return pixtral_axis(path)
-
-    def merge_media(self, batches: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """Join pixel values, filled up at the right and the bottom, and sizes."""
-        return super().merge_media(merge_pictures(batches))
-
-    def scan_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """Give picture sizes as numbers: how many patches there are follows from them."""
-        sizes = inputs.get("image_sizes")
-        return dict(inputs) if sizes is None else {**inputs, "image_sizes": torch.as_tensor(sizes).tolist()}
-
-    @classmethod
-    def processor_class(cls) -> Any:  # noqa: ANN401 - transformers' own
-        """Return what loads its processor, which transformers hides where torchvision lacks."""
-        return pixtral_processor()
 
     @classmethod
     def random_model(cls, seed: int = 0, **structure: Any) -> tuple[Any, Any]:  # noqa: ANN401 - see `_random`

@@ -239,7 +239,6 @@ class VisionLanguageModel(TransformersModel):
             self.family, conversations, add_generation_prompt=add_generation_prompt, padding_side=padding_side
         )
 
-    @torch.no_grad()
     def answer(
         self,
         conversations: Conversation | Sequence[Conversation],
@@ -257,13 +256,18 @@ class VisionLanguageModel(TransformersModel):
         answers: list[str] = []
         for start in range(0, len(rows), batch_size):
             batch = self.encode(rows[start : start + batch_size], add_generation_prompt=True)
-            with warnings.catch_warnings():
-                # an edit that holds for all steps ends with the generation, by design
-                warnings.filterwarnings("ignore", message=".*was never reached: the loop asked", category=UserWarning)
-                tokens = self.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False)
-            new = tokens[:, batch["input_ids"].shape[1] :]
-            answers += [text.strip() for text in self.tokenizer.batch_decode(new, skip_special_tokens=True)]
+            answers += self.answer_batch(batch, max_new_tokens=max_new_tokens)
         return answers
+
+    @torch.no_grad()
+    def answer_batch(self, batch: EncodedBatch, *, max_new_tokens: int = 32) -> list[str]:
+        """Answer each prompt of a batch that `encode` made with `add_generation_prompt=True`, as `answer` does."""
+        with warnings.catch_warnings():
+            # an edit that holds for all steps ends with the generation, by design
+            warnings.filterwarnings("ignore", message=".*was never reached: the loop asked", category=UserWarning)
+            tokens = self.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False)
+        new = tokens[:, batch["input_ids"].shape[1] :]
+        return [text.strip() for text in self.tokenizer.batch_decode(new, skip_special_tokens=True)]
 
     def token_strings(self, input_ids: Int[Tensor, " seq"] | Sequence[int]) -> list[str]:
         """Return each token of one row as readable text."""

@@ -62,7 +62,8 @@ def llama_block(text: Any) -> BlockModules:  # noqa: ANN401 - a transformers con
         scores=SCORES,
         pattern=PATTERN,
         width=text.hidden_size,
-        mlp_width=text.intermediate_size,
+        # mixtures of experts have none
+        mlp_width=int(text.to_dict().get("intermediate_size", 0)),
         heads=text.num_attention_heads,
         key_heads=text.num_key_value_heads,
         head_width=head_width(text),

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -19,14 +20,97 @@ from transformers.models.pixtral.image_processing_pil_pixtral import (
 )
 from transformers.utils import is_torchvision_available
 
-from sae_lens_multimodal.adapters.family import ImageTokens
+from sae_lens_multimodal.adapters.family import Family, ImageTokens
 from sae_lens_multimodal.adapters.grid import before_resize, grid_edges, height_width, whole_picture
 from sae_lens_multimodal.adapters.hook_points import BlockModules, HookPoint, Part, block_parts, blocks
-from sae_lens_multimodal.adapters.modules import PATTERN, RMS_NORMALIZED, SCORES, VISION, head_width
-from sae_lens_multimodal.errors import LayoutError
+from sae_lens_multimodal.adapters.modules import (
+    LANGUAGE,
+    OLD_PATHS,
+    PATTERN,
+    PROJECTOR,
+    RMS_NORMALIZED,
+    SCORES,
+    UNEMBEDDING,
+    VISION,
+    head_width,
+)
+from sae_lens_multimodal.errors import LayoutError, UnsupportedModelError
 from sae_lens_multimodal.types import Modality
 
 TRANSFORMER = f"{VISION}.transformer"
+
+
+class PixtralFamily(Family, ABC):
+    """What the families with Pixtral's vision tower share: a picture keeps its shape.
+
+    A break ends each row of tokens but the last, which the end of the picture ends. In the vision tower all pictures of
+    a batch are one sequence of patches: hooks there are [1, patches, d].
+    """
+
+    media_keys: ClassVar[tuple[str, ...]] = ("pixel_values", "image_sizes")
+    media_modules: ClassVar[tuple[str, ...]] = (VISION, PROJECTOR)
+    old_paths: ClassVar[Mapping[str, str]] = OLD_PATHS
+    final_norm: ClassVar[str] = f"{LANGUAGE}.norm"
+    unembedding: ClassVar[str] = UNEMBEDDING
+
+    def __init__(self, config: Any, processor: Any) -> None:  # noqa: ANN401 - transformers' own
+        """Read the configuration.
+
+        Raises:
+            UnsupportedModelError: the vision tower is of another kind.
+        """
+        super().__init__(config, processor)
+        if config.vision_config.model_type != "pixtral":
+            raise UnsupportedModelError(
+                f"the vision tower is of the kind {config.vision_config.model_type!r}; supported is pixtral."
+            )
+
+    @property
+    @abstractmethod
+    def merged(self) -> int:
+        """Patches along one side of the square that a token stands for."""
+
+    def markers(self) -> Mapping[int, Modality]:
+        """Return the breaks after rows of tokens, and the end of a picture."""
+        return {
+            int(self.processor.image_break_token_id): Modality.NEWLINE,
+            int(self.processor.image_end_token_id): Modality.SPECIAL,
+        }
+
+    def image_tokens(self, width: int, height: int) -> ImageTokens:
+        """Return how the placeholders of a picture of this size lie in it.
+
+        Raises:
+            LayoutError: processor and model disagree about the size of patches.
+        """
+        return pixtral_tokens(self.config, self.processor, width, height, merged=self.merged)
+
+    def media_rows(self, inputs: Mapping[str, Any]) -> int:
+        """Return the number of patches of all pictures."""
+        sizes = inputs.get("image_sizes")
+        patch = self.config.vision_config.patch_size
+        return 0 if sizes is None else int((torch.as_tensor(sizes) // patch).prod(dim=-1).sum())
+
+    def media_axis(self, path: str) -> int:
+        """Return the dimension that counts patches at a module path; where there is none, one that no tensor has."""
+        if not path.startswith(VISION):
+            return 0
+        # before the pictures are one sequence; and scores and patterns, in which two dimensions count patches
+        return 9 if path.startswith(f"{VISION}.patch_conv") or "attention_interface" in path else 1
+
+    def merge_media(self, batches: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """Join pixel values, filled up at the right and the bottom, and sizes."""
+        return super().merge_media(filled_up(batches))
+
+    def scan_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Give picture sizes as numbers: how many patches there are follows from them."""
+        sizes = inputs.get("image_sizes")
+        return dict(inputs) if sizes is None else {**inputs, "image_sizes": torch.as_tensor(sizes).tolist()}
+
+    @classmethod
+    def processor_class(cls) -> Any:  # noqa: ANN401 - transformers' own
+        """Return what loads its processor, which transformers hides where torchvision lacks."""
+        return pixtral_processor()
 
 
 @cache
@@ -44,14 +128,6 @@ def pixtral_processor() -> Any:  # noqa: ANN401 - a class with `from_pretrained`
     finally:
         del sys.modules[module]
     return PixtralProcessor
-
-
-def marker_kinds(processor: Any) -> dict[int, Modality]:  # noqa: ANN401 - transformers' own
-    """Return the breaks after rows of tokens, and the end of a picture."""
-    return {
-        int(processor.image_break_token_id): Modality.NEWLINE,
-        int(processor.image_end_token_id): Modality.SPECIAL,
-    }
 
 
 def pixtral_block(vision: Any) -> BlockModules:  # noqa: ANN401 - a transformers config
@@ -98,14 +174,6 @@ def pixtral_hooks(vision: Any) -> tuple[HookPoint, ...]:  # noqa: ANN401 - a tra
     )
 
 
-def pixtral_axis(path: str) -> int:
-    """Return the dimension that counts patches at a module path; where there is none, one that no tensor has."""
-    if not path.startswith(VISION):
-        return 0
-    # before the pictures are one sequence; and scores and patterns, in which two dimensions count patches
-    return 9 if path.startswith(f"{VISION}.patch_conv") or "attention_interface" in path else 1
-
-
 def pixtral_tokens(config: Any, processor: Any, width: int, height: int, merged: int) -> ImageTokens:  # noqa: ANN401
     """Return how the placeholders of a picture lie in it, row by row; the breaks between rows are other tokens.
 
@@ -139,15 +207,7 @@ def pixtral_tokens(config: Any, processor: Any, width: int, height: int, merged:
     return whole_picture(y, x, width, height)
 
 
-def n_patches(vision: Any, inputs: Mapping[str, Any]) -> int:  # noqa: ANN401 - a transformers config
-    """Return the number of patches of all pictures of these model inputs."""
-    sizes = inputs.get("image_sizes")
-    if sizes is None:
-        return 0
-    return int((torch.as_tensor(sizes) // vision.patch_size).prod(dim=-1).sum())
-
-
-def merge_pictures(batches: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Tensor]]:
+def filled_up(batches: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Tensor]]:
     """Return those batches that have pictures, with pixel values filled up to one size at the right and the bottom."""
     present = [dict(batch) for batch in batches if batch.get("pixel_values") is not None]
     height = max((batch["pixel_values"].shape[-2] for batch in present), default=0)

@@ -32,5 +32,8 @@ def attribution_lines(found: Attribution, check: AttributionCheck | None, top: i
             f"gap {row.gap:+.4f}"
         )
     if check is not None:
-        lines.append(f"Spearman of estimated and true effects, top {len(check.nodes)}: {check.spearman:.3f}")
+        lines.append(
+            f"Spearman of estimated and true effects, top {len(check.nodes)}: {check.spearman:.3f}; of their absolute "
+            f"values {check.magnitude_spearman:.3f}, with the right sign {check.sign_agreement:.0%}"
+        )
     return lines

@@ -168,10 +168,11 @@ def report(options: Namespace) -> None:
 
 def steer(options: Namespace) -> None:
     """Ask a question of the model as it is and of the steered model, or measure a dose curve."""
-    from sae_lens_multimodal.cli.steering import describe, place_of, side_by_side
+    from sae_lens_multimodal.cli.steering import check_steer_flags, describe, place_of, side_by_side
     from sae_lens_multimodal.hooks.steer import steer as run
 
     _take_positional(options)
+    check_steer_flags(options)
     changes = {} if options.target is not None else parse_changes(options)
     settings = {"tokens": place_of(options), "steps": options.steps, "hook_name": options.hook, "error": options.error}
     model, sae = _model_and_sae(options)
@@ -203,7 +204,8 @@ def _dose(
         [question],
         options.target,
         strengths=STRENGTHS if options.dose is None else parse_numbers("dose", options.dose),
-        unit=1.0 if options.store is None else FeatureStore.open(options.store),
+        unit=options.unit if options.store is None else FeatureStore.open(options.store),
+        modality=options.modality,
         **settings,
     )
     _print(*dose_lines(curve))

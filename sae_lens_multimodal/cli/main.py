@@ -200,7 +200,15 @@ def _add_steer(commands: Commands[argparse.ArgumentParser]) -> None:
     steer.add_argument("--max-new-tokens", type=int, default=64)
     steer.add_argument("--target", help="measure how likely this answer becomes as --feature is set ever higher")
     steer.add_argument("--dose", metavar="X,X,...", help="the strengths to try (default: sixteen from 0 to 10)")
-    steer.add_argument("--store", type=Path, help="feature store: strengths count in the feature's 99th percentile")
+    steer.add_argument(
+        "--store", type=Path, help="feature store: strengths count in the feature's 99th percentile there"
+    )
+    steer.add_argument(
+        "--unit", type=float, help="the activation that a strength of 1 is (default: the 99th percentile in the prompt)"
+    )
+    steer.add_argument(
+        "--modality", choices=("image", "text"), default="image", help="tokens that the 99th percentile is taken from"
+    )
     steer.add_argument("--output", type=Path, help="folder for a page with the dose curve")
 
 

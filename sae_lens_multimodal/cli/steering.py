@@ -19,6 +19,24 @@ COLUMN = 48
 _GAP = "  |  "
 
 
+def check_steer_flags(options: Namespace) -> None:
+    """Check that no flag is given that would do nothing.
+
+    Raises:
+        ConfigError: one is.
+    """
+    if options.target is not None:
+        idle = [name for name in ("set", "add", "scale", "ablate") if getattr(options, name)]
+        why = "--target draws a curve of one feature; it is named by --feature, and strengths by --dose"
+    else:
+        idle = [name for name in ("dose", "store", "unit", "output") if getattr(options, name) is not None]
+        why = "it belongs to the curve that --target draws"
+    if options.target is not None and options.store is not None and options.unit is not None:
+        idle, why = ["unit"], "--store has the feature's own unit"
+    if idle:
+        raise ConfigError(f"got {', '.join('--' + name for name in idle)}, which would do nothing: {why}.")
+
+
 def place_of(options: Namespace) -> Any:  # noqa: ANN401 - what `steer` takes as tokens
     """Read `--tokens`, `--picture` and `--box`.
 
@@ -104,7 +122,7 @@ def dose_lines(curve: DoseCurve) -> list[str]:
     head = f"{'strength':>9} {'value':>9} {'P(' + curve.target + ')':>12} {'others KL':>10}  likeliest"
     lines = [head, f"{'none':>9} {'':>9} {curve.baseline:>12.4f} {0:>10.4f}  {' '.join(curve.baseline_answers)}"]
     lines += [
-        f"{point.strength:>9g} {point.value:>9.3g} {point.target:>12.4f} {point.others_kl:>10.4f}  "
+        f"{curve.spelt(point):>9} {point.value:>9.3g} {point.target:>12.4f} {point.others_kl:>10.4f}  "
         f"{' '.join(point.answers)}"
         for point in curve.points
     ]

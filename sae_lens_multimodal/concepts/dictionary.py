@@ -23,6 +23,7 @@ from sae_lens_multimodal.hooks.concept_sae import (
     ConceptDictionarySAEConfig,
     nearest_codes,
     nonnegative_codes,
+    precise_dtype,
 )
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 1
 CONCEPTS_NAME = "concepts.safetensors"
 SETTINGS_NAME = "concepts.json"
+_CHUNK_STATES = 4096
 SPARSITY = 0.02
 """Weight of the activations' sum, in units of the states' mean length."""
 
@@ -75,9 +77,12 @@ class ConceptDictionary:
         """
         if self.method == "sae":
             return self._encoded_by_sae(states)
-        concepts = self.concepts.to(states.device)
-        x = states.to(concepts.dtype) if self.bias is None else states.to(concepts.dtype) - self.bias.to(states.device)
-        scores = x @ concepts.T
+        concepts = self.concepts.to(states.device, precise_dtype(states.device))
+        parts = [self._encoded(part.to(concepts.dtype), concepts) for part in states.split(_CHUNK_STATES)]
+        return torch.cat(parts).to(self.concepts.dtype)
+
+    def _encoded(self, states: Tensor, concepts: Tensor) -> Tensor:
+        scores = (states if self.bias is None else states - self.bias.to(concepts)) @ concepts.T
         if self.method == "pca":
             return scores
         gram = concepts @ concepts.T

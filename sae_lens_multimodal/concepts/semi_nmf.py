@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae_lens_multimodal.errors import ConfigError
-from sae_lens_multimodal.hooks.concept_sae import nonnegative_codes
+from sae_lens_multimodal.hooks.concept_sae import nonnegative_codes, precise_dtype
 
 _LAST_SWEEPS = 200
 
@@ -99,7 +99,9 @@ def _from_one_start(
         if len(history) > 1 and history[-2] - history[-1] <= tolerance * abs(history[-2]):
             break
     # What is returned are the optimal activations for the concepts that are returned.
-    codes = nonnegative_codes(scores, gram, l1=alpha, n_sweeps=_LAST_SWEEPS, start=codes)
+    precise = precise_dtype(z.device)
+    codes = nonnegative_codes(scores.to(precise), gram.to(precise), l1=alpha, n_sweeps=_LAST_SWEEPS, start=codes)
+    codes = codes.to(z.dtype)
     history.append(_objective_of(square, scores, gram, codes, alpha))
     order = (codes.sum(0) * concepts.norm(dim=1)).argsort(descending=True)
     return Factors(concepts[order].contiguous(), codes[:, order].contiguous(), objective=tuple(history))

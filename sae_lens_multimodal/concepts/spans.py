@@ -72,6 +72,10 @@ def word_spans(
         tokens: the model's `input_ids` of the prompt, padding left out.
         role: whose words are the caption.
 
+    Returns:
+        The fewest tokens that hold each occurrence, in order. Where a token goes beyond the word, as in scripts without
+        blanks, two occurrences may be in one; it is there once.
+
     Raises:
         PromptError: the caption cannot be found in what the template writes, or the tokens do not match.
     """
@@ -87,7 +91,7 @@ def word_spans(
         if not own or len(found) != len(own) or found != list(range(found[0], found[0] + len(found))):
             raise PromptError(f"the tokens of {word!r} are not among those that the model is given")
         spans.append(Span(found[0], found[-1] + 1))
-    return spans
+    return list(dict.fromkeys(spans))
 
 
 def caption_regions(family: Family, messages: Conversation, role: Role) -> tuple[str, list[tuple[int, int]]]:

@@ -98,14 +98,15 @@ def _descend(
     adam = torch.optim.Adam([copied], lr=settings.learning_rate * unit)
     for step in tqdm(range(settings.max_steps), desc="fine-tuning", disable=not progress):
         with rewritten(module, rewrite):
-            gradient, logs = objective.gradient(copied, None)
+            slope = objective.gradient(copied, None)
+        logs = slope.log_probability
         if float(logs.exp().min()) >= settings.enough:
             return copied.detach(), step, float(logs.exp().mean())
-        copied.grad = gradient
+        copied.grad = slope.gradient
         adam.step()
         if settings.bound is not None:
             with torch.no_grad():
                 copied.clamp_(start - settings.bound * unit, start + settings.bound * unit)
     with rewritten(module, rewrite):
-        _, logs = objective.gradient(copied, None)
+        logs = objective.gradient(copied, None).log_probability
     return copied.detach(), settings.max_steps, float(logs.exp().mean())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -94,6 +95,15 @@ def wanted_ids(model: VisionLanguageModel, target: str, *, end: bool) -> list[in
     return [*ids, int(stop)] if end and stop is not None else ids
 
 
+class Slope(NamedTuple):
+    """The loss at one point."""
+
+    gradient: Float[Tensor, "..."]
+    log_probability: Float[Tensor, " rows"]
+    """The target's, for each prompt."""
+    loss: float
+
+
 class Objective:
     """The loss of a rewrite of one linear layer: the target's on some prompts, and how others go on."""
 
@@ -138,19 +148,20 @@ class Objective:
         """The target's log-probability of each prompt without any rewrite."""
         return torch.cat([self._log_probability(tail.first) for tail in self._tails])
 
-    def gradient(self, leaf: Tensor, change: Tensor | None) -> tuple[Float[Tensor, "..."], Float[Tensor, " rows"]]:
-        """The loss's gradient and the target's log-probability of each prompt.
+    def gradient(self, leaf: Tensor, change: Tensor | None) -> Slope:
+        """The loss and its gradient.
 
         Args:
             leaf: of which the gradient is taken.
             change: added at the constraint's last token; None if the caller rewrites the layer.
         """
-        total, found = torch.zeros_like(leaf), []
+        total, found, whole = torch.zeros_like(leaf), [], 0.0
         for tail, ends in zip(self._tails, self._prompts.ends, strict=True):
             with torch.enable_grad():
                 logs = self._log_probability(self._logits(tail, ends, change))
                 loss = -logs.sum() / (self._rows * len(self.ids))
             total += torch.autograd.grad(loss, leaf)[0]
+            whole += float(loss.detach())
             found.append(logs.detach())
         for tail, ends in zip(self._kept, self._kept_ends, strict=True):
             with torch.enable_grad():
@@ -158,7 +169,8 @@ class Objective:
                 kept = nn.functional.kl_div(now, then, log_target=True, reduction="sum")
                 loss = self._weight * kept / sum(len(one) for one in self._kept_ends)
             total += torch.autograd.grad(loss, leaf)[0]
-        return total, torch.cat(found)
+            whole += float(loss.detach())
+        return Slope(total, torch.cat(found), whole)
 
     def _logits(self, tail: Tail, ends: Tensor, change: Tensor | None) -> Tensor:
         if change is None:
@@ -187,20 +199,19 @@ def find_value(
     x = torch.zeros(own.shape[-1], device=own.device).requires_grad_()
     adam = torch.optim.Adam([x], lr=settings.learning_rate)
     before = objective.before().exp()
-    logs, steps, clamped = objective.before(), 0, False
-    best, best_mean = x.detach().clone(), -float("inf")
+    best, least, logs, steps, clamped = x.detach().clone(), float("inf"), objective.before(), 0, False
     bar = tqdm(total=settings.max_steps, desc="value", disable=not progress)
     for step in range(settings.max_steps + 1):
         change = (x.detach() * unit).requires_grad_()
-        gradient, found = objective.gradient(change, change)
-        if float(found.mean()) > best_mean:
-            best, best_mean, logs = x.detach().clone(), float(found.mean()), found
-            steps = step
-        if float(found.exp().min()) >= settings.enough or step == settings.max_steps:
+        slope = objective.gradient(change, change)
+        loss = slope.loss + settings.weight_decay * float(x.detach().square().mean())
+        if loss <= least or step == 1:  # the start itself is no find, even where the clamp allows nothing better
+            best, least, logs, steps = x.detach().clone(), loss, slope.log_probability, step
+        if float(slope.log_probability.exp().min()) >= settings.enough or step == settings.max_steps:
             break
         for group in adam.param_groups:
             group["lr"] = settings.learning_rate * (1 - 0.9 * step / settings.max_steps)
-        x.grad = gradient * unit + settings.weight_decay * 2 * x.detach() / len(x)
+        x.grad = slope.gradient * unit + settings.weight_decay * 2 * x.detach() / len(x)
         adam.step()
         clamped = _clamp(x, settings.clamp)
         bar.update()

@@ -28,7 +28,14 @@ class AttributionCheck:
     true_effects: list[float] = field(repr=False)
     """The metric's change when each node alone is ablated."""
     spearman: float
-    """Rank correlation of estimated and true effects; NaN for fewer than 2 nodes."""
+    """Rank correlation of estimated and true effects; NaN for fewer than 2 nodes.
+
+    Large effects of both signs are checked, so right signs alone give a good part of it: see the two numbers below.
+    """
+    magnitude_spearman: float
+    """Rank correlation of their absolute values."""
+    sign_agreement: float
+    """Share of nodes whose true effect has the sign of the estimate."""
     n_forwards: int
     """Forward passes that the ablations took."""
 
@@ -36,6 +43,8 @@ class AttributionCheck:
         """Return it as plain JSON values."""
         return {
             "spearman": self.spearman,
+            "magnitude_spearman": self.magnitude_spearman,
+            "sign_agreement": self.sign_agreement,
             "n": len(self.nodes),
             "n_forwards": self.n_forwards,
             "nodes": [
@@ -73,10 +82,13 @@ def check_attribution(
         raise ConfigError("Got an attribution without any active feature; there is nothing to ablate.")
     nodes = attribution.top(n)
     true, forwards = ablate_nodes(model, sae, attribution, nodes, copies=copies, progress=progress)
+    estimated = [one.effect for one in nodes]
     return AttributionCheck(
         nodes=nodes,
         true_effects=true.tolist(),
-        spearman=spearman([one.effect for one in nodes], true.tolist()),
+        spearman=spearman(estimated, true.tolist()),
+        magnitude_spearman=spearman([abs(one) for one in estimated], true.abs().tolist()),
+        sign_agreement=float((torch.tensor(estimated).sign() == true.sign()).float().mean()),
         n_forwards=forwards,
     )
 

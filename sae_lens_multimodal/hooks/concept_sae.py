@@ -63,6 +63,12 @@ def nonnegative_codes(
     return codes.T.contiguous()
 
 
+def precise_dtype(device: torch.device) -> torch.dtype:
+    """The precision in which codes are worked out: concepts of one word are much alike, so float32's rounding shows."""
+    # Apple's GPUs have no float64.
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def nearest_codes(scores: Float[Tensor, "n k"], gram: Float[Tensor, "k k"]) -> Float[Tensor, "n k"]:
     """Give every row the coefficient of its nearest concept, ⟨x, u⟩/‖u‖² and at least 0; its other codes are 0.
 
@@ -127,8 +133,7 @@ class ConceptDictionarySAE(SAE[ConceptDictionarySAEConfig]):
     def encode(self, x: Tensor) -> Tensor:
         """Encode activations; gradients flow to them, as the optimum moves with them."""
         sae_in = self.process_sae_in(x)
-        # Concepts of one word are much alike: in float32 rounding would show in codes. Apple's GPUs have no float64.
-        concepts = self.W_dec.to(torch.float32 if self.W_dec.device.type == "mps" else torch.float64)
+        concepts = self.W_dec.to(precise_dtype(self.W_dec.device))
         gram = concepts @ concepts.T
         scores = self.hook_sae_acts_pre(sae_in.to(concepts.dtype) @ concepts.T)
         flat = scores.reshape(-1, scores.shape[-1])

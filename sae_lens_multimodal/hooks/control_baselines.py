@@ -11,12 +11,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae_lens_multimodal.adapters.model import VisionLanguageModel
-from sae_lens_multimodal.hooks.attribute import chosen_tokens
 from sae_lens_multimodal.hooks.changes import Add
-from sae_lens_multimodal.hooks.control_candidates import Activity
-from sae_lens_multimodal.hooks.control_questions import Questions
+from sae_lens_multimodal.hooks.control_activity import Activity
+from sae_lens_multimodal.hooks.control_questions import Questions, selected
 from sae_lens_multimodal.hooks.control_records import Control, Trial
-from sae_lens_multimodal.hooks.control_search import Place, Search
+from sae_lens_multimodal.hooks.control_search import CURVE_FACTORS, Search
 from sae_lens_multimodal.hooks.gradients import read_hook
 from sae_lens_multimodal.hooks.selection import Tokens
 from sae_lens_multimodal.hooks.steer import steer
@@ -24,8 +23,6 @@ from sae_lens_multimodal.hooks.vectors import SteeringVector
 
 NEIGHBOURS = 10
 """From how many features of the nearest activity a random one is drawn."""
-VECTOR_STRENGTHS = (0.5, 1.0, 2.0, 4.0)
-"""Lengths of the difference of means that are tried on the examples of the search."""
 
 
 def random_controls(
@@ -48,23 +45,40 @@ def random_controls(
 
 
 @torch.no_grad()
-def mean_value(model: VisionLanguageModel, hook_name: str, questions: Questions, tokens: Tokens) -> Tensor:
-    """The hook's mean value at the chosen tokens of some prompts, every token counting alike."""
+def mean_value(
+    model: VisionLanguageModel, hook_name: str, questions: Questions, tokens: Tokens
+) -> Float[Tensor, " d_in"] | None:
+    """The hook's mean value at the chosen tokens of some prompts, every token counting alike; None without any."""
     total, count = torch.zeros(0), 0
-    for batch in questions.batches:
+    for batch, chosen in selected(model, questions.batches, tokens):
+        if not bool(chosen.any()):
+            continue
         acts = read_hook(model, batch, hook_name)
-        some = acts[chosen_tokens(model, batch, batch, tokens).to(acts.device)].cpu()
+        some = acts[chosen.to(acts.device)].cpu()
         total = some.sum(0) if count == 0 else total + some.sum(0)
         count += len(some)
-    return total / count
+    return total / count if count else None
 
 
-def best_vector(search: Search, vector: Float[Tensor, " d_in"]) -> tuple[VisionLanguageModel, float, Trial]:
-    """Add a vector at the lengths of VECTOR_STRENGTHS, and take what the search likes best."""
-    place: Place = search.place
-    direction = SteeringVector(vector, place.hook_name, name="difference of means")
-    tried = []
-    for strength in VECTOR_STRENGTHS:
-        model = steer(search.model, direction, Add(strength), tokens=place.tokens, steps=place.steps, if_empty="ignore")
-        tried.append((model, strength, search.judge(model)))
-    return max(tried, key=lambda one: one[2].score)
+def best_vector(
+    search: Search, vector: Float[Tensor, " d_in"], strengths: Sequence[float]
+) -> tuple[VisionLanguageModel, float, Trial]:
+    """Add a vector so many times, at the strengths and with the tuning that features get; take what scores best.
+
+    Returns:
+        The steered model, the strength, and what it did on the examples of the search.
+    """
+    place, direction = search.place, SteeringVector(vector, search.place.hook_name, name="difference of means")
+
+    def steered(strength: float) -> VisionLanguageModel:
+        change = Add(strength)
+        return steer(search.model, direction, change, tokens=place.tokens, steps=place.steps, if_empty="ignore")
+
+    trials = {strength: search.judge(steered(strength)) for strength in strengths}
+
+    def best() -> float:
+        return max(trials, key=lambda strength: (trials[strength].score, -strength))
+
+    tuned = [best() * factor for factor in CURVE_FACTORS if factor]
+    trials.update({strength: search.judge(steered(strength)) for strength in tuned})
+    return steered(best()), best(), trials[best()]

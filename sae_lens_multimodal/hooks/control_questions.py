@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
+from PIL import Image
 from torch import Tensor
 
 from sae_lens_multimodal.adapters.batch import EncodedBatch
 from sae_lens_multimodal.adapters.model import VisionLanguageModel
 from sae_lens_multimodal.errors import ConfigError
-from sae_lens_multimodal.hooks.attribute import encoded
 from sae_lens_multimodal.hooks.metrics import Metric, last_logits, shortened, target_ids
+from sae_lens_multimodal.hooks.selection import Tokens, TokenSelection
+from sae_lens_multimodal.hooks.vectors import prompt_mask
 from sae_lens_multimodal.types import Conversation
 
 
@@ -29,16 +30,35 @@ class Example:
     """The answer it gets and should not; None for whatever is likeliest beside the wanted one."""
 
 
+def encoded_batches(model: VisionLanguageModel, examples: Sequence[Example], batch_size: int) -> Iterator[EncodedBatch]:
+    """Encode prompts, so many to a batch, each with the opening of its answer. They stay on the CPU."""
+    for start in range(0, len(examples), batch_size):
+        some = [one.conversation for one in examples[start : start + batch_size]]
+        yield model.encode(some, add_generation_prompt=True)
+
+
+def on_device(model: VisionLanguageModel, batches: Iterable[EncodedBatch]) -> Iterator[EncodedBatch]:
+    """Move batches to the model's device, each when its turn has come."""
+    device = next(model._module.parameters()).device
+    return (batch.to(device) for batch in batches)
+
+
+def selected(
+    model: VisionLanguageModel, batches: Iterable[EncodedBatch], tokens: Tokens
+) -> Iterator[tuple[EncodedBatch, Bool[Tensor, "batch seq"]]]:
+    """Move batches to the model's device in turn, with the tokens meant (perhaps none), padding left out."""
+    selection = TokenSelection.check(tokens, "prefill", model.family)
+    for batch in on_device(model, batches):
+        yield batch, prompt_mask(batch, selection) & (batch["attention_mask"].cpu() != 0)
+
+
 class Questions:
-    """Some prompts in encoded batches."""
+    """Some prompts in encoded batches, kept on the CPU."""
 
     def __init__(self, model: VisionLanguageModel, examples: Sequence[Example], *, batch_size: int) -> None:
         """Encode the prompts, so many to a batch."""
         self.examples = list(examples)
-        self.batches: list[EncodedBatch] = [
-            encoded(model, [one.conversation for one in self.examples[start : start + batch_size]])
-            for start in range(0, len(self.examples), batch_size)
-        ]
+        self.batches = list(encoded_batches(model, self.examples, batch_size))
         self.batch_size = batch_size
 
     def __len__(self) -> int:
@@ -49,24 +69,20 @@ class Questions:
     def logits(self, model: VisionLanguageModel) -> Float[Tensor, "examples vocabulary"]:
         """The logits with which each answer begins."""
         found = []
-        for batch in self.batches:
+        for batch in on_device(model, self.batches):
             with model.trace(**shortened(model, batch, 1)):
                 logits = model.output.logits.save()
             found.append(last_logits(logits, batch).cpu())
         return torch.cat(found) if found else torch.zeros(0, 1)
 
-    @torch.no_grad()
     def answers(self, model: VisionLanguageModel, max_new_tokens: int) -> list[str]:
         """The whole answers, greedily."""
-        found: list[str] = []
-        for batch in self.batches:
-            with warnings.catch_warnings():
-                # an edit that holds for all steps ends with the generation, by design
-                warnings.filterwarnings("ignore", message=".*was never reached: the loop asked", category=UserWarning)
-                tokens = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False)
-            new = tokens[:, batch["input_ids"].shape[1] :]
-            found += [text.strip() for text in model.tokenizer.batch_decode(new, skip_special_tokens=True)]
-        return found
+        batches = on_device(model, self.batches)
+        return [one for batch in batches for one in model.answer_batch(batch, max_new_tokens=max_new_tokens)]
+
+    def pictures(self) -> list[tuple[Image.Image, ...]]:
+        """The pictures of each prompt, as the model sees them."""
+        return [tuple(row) for batch in self.batches for row in batch.images]
 
     def prompts(self) -> list[str]:
         """The last words said in each prompt, for reading."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
+from PIL import Image
 from sae_lens import SAE
 
 from sae_lens_multimodal.adapters.model import VisionLanguageModel
@@ -26,19 +28,46 @@ Z_95 = 1.959963984540054
 class Rate:
     """A share with its 95% Wilson score interval (Wilson 1927).
 
+    Questions about one picture are not independent. Where there are several, the interval is that of the effective
+    number of groups of prompts, each group counted as one answer given again and again (Kish 1965, "Survey Sampling",
+    with a correlation of 1 within groups): it is rather too wide than too narrow. Several random draws on the same
+    prompts are one sample of prompts: their rate is the mean, with the interval of a single draw and the draws' range.
+
     Example:
         >>> rate = Rate(8, 10)
         >>> rate.share, round(rate.low, 3), round(rate.high, 3)
         (0.8, 0.49, 0.943)
     """
 
-    count: int
+    count: float
+    """Of several draws the mean."""
     total: int
+    groups: tuple[int, ...] = ()
+    """How many prompts each group has; empty where every prompt is a group by itself."""
+    draws: tuple[float, ...] = ()
+    """The share in each draw, where there are several."""
+
+    @classmethod
+    def of(cls, right: Sequence[bool], groups: Sequence[int]) -> Rate:
+        """Count prompts, of which those with one number in `groups` belong together."""
+        sizes = tuple(Counter(groups).values())
+        return cls(sum(right), len(right), sizes if max(sizes, default=1) > 1 else ())
+
+    @classmethod
+    def mean(cls, draws: Sequence[Rate]) -> Rate:
+        """The mean over draws that were asked the same prompts; one at least."""
+        count = sum(one.count for one in draws) / len(draws)
+        return cls(count, draws[0].total, draws[0].groups, tuple(one.share for one in draws))
 
     @property
     def share(self) -> float:
         """The share; NaN of nothing."""
         return self.count / self.total if self.total else math.nan
+
+    @property
+    def effective(self) -> float:
+        """As how many independent prompts they count: with groups of m prompts, (Σm)² / Σm²."""
+        return self.total**2 / sum(size**2 for size in self.groups) if self.groups else self.total
 
     @property
     def low(self) -> float:
@@ -53,7 +82,7 @@ class Rate:
     def _bound(self, sign: int) -> float:
         if not self.total:
             return math.nan
-        n, p, z = self.total, self.share, Z_95
+        n, p, z = self.effective, self.share, Z_95
         half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
         return min(max((p + z * z / (2 * n) + sign * half) / (1 + z * z / n), 0.0), 1.0)
 
@@ -61,7 +90,12 @@ class Rate:
         """Spell it: "80% [49, 94] of 10"."""
         if not self.total:
             return "none asked"
-        return f"{100 * self.share:.0f}% [{100 * self.low:.0f}, {100 * self.high:.0f}] of {self.total}"
+        text = f"{100 * self.share:.0f}% [{100 * self.low:.0f}, {100 * self.high:.0f}] of {self.total}"
+        if self.groups:
+            text += f" in {len(self.groups)} groups"
+        if self.draws:
+            text += f", {len(self.draws)} draws from {100 * min(self.draws):.0f} to {100 * max(self.draws):.0f}%"
+        return text
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as plain JSON values."""
@@ -72,6 +106,9 @@ class Rate:
             "share": self.share if known else None,
             "low": self.low if known else None,
             "high": self.high if known else None,
+            "n_groups": len(self.groups) or self.total,
+            "effective": self.effective,
+            "draws": [one if known else None for one in self.draws],
         }
 
 
@@ -183,6 +220,8 @@ class AnswerPair:
     """None for a guard example, which is to stay as it was."""
     before: str
     after: str
+    pictures: tuple[Image.Image, ...] = field(default=(), repr=False, compare=False)
+    """As the model sees them."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the texts as plain JSON values."""
@@ -203,9 +242,9 @@ class ControlSet:
     before: Rate
     """Held-out examples answered as wanted without any change."""
     random: Outcome | None
-    """Random features of the same activity in the set's place, several draws taken together; None if not run."""
+    """Random features of the same activity in the set's place, the mean over several draws; None if not run."""
     mean_difference: Outcome | None
-    """The difference of means as a vector in the set's place; None if no prompt is answered as wanted by itself."""
+    """The difference of means as a vector in the set's place; None if no positive is answered as wanted by itself."""
     candidates: list[Candidate] = field(repr=False)
     """What was tried by itself, the best first."""
     trail: list[Trial] = field(repr=False)
@@ -216,6 +255,12 @@ class ControlSet:
     """All held-out prompts, examples first."""
     n_search_examples: int
     n_search_guards: int
+    n_positives: int
+    """Positives that the search saw."""
+    n_positives_left_out: int
+    """Positives that it did not see, as they show what is held out."""
+    pictures_shared: bool
+    """Whether pictures of held-out prompts were seen by the search after all, as there were too few to divide."""
     seed: int
 
     def changes(self, factor: float = 1.0) -> dict[int, Change]:
@@ -249,6 +294,9 @@ class ControlSet:
             "answers": _dicts(self.answers),
             "n_search_examples": self.n_search_examples,
             "n_search_guards": self.n_search_guards,
+            "n_positives": self.n_positives,
+            "n_positives_left_out": self.n_positives_left_out,
+            "pictures_shared": self.pictures_shared,
             "seed": self.seed,
         }
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,24 +14,19 @@ from tqdm import tqdm
 
 from sae_lens_multimodal.adapters.model import VisionLanguageModel
 from sae_lens_multimodal.errors import ConfigError, SelectionError
+from sae_lens_multimodal.hooks.control_activity import Activity, given_scales, measure_activity
 from sae_lens_multimodal.hooks.control_baselines import best_vector, mean_value, random_controls
-from sae_lens_multimodal.hooks.control_candidates import Activity, foresee, given_scales, measure_activity, propose
-from sae_lens_multimodal.hooks.control_questions import Example, Questions, first_tokens, rival_tokens
-from sae_lens_multimodal.hooks.control_records import AnswerPair, Candidate, ControlSet, Outcome, Rate, Trial
+from sae_lens_multimodal.hooks.control_candidates import foresee, propose
+from sae_lens_multimodal.hooks.control_held_out import HeldOut, Match, Split, answered_as_wanted, same_answer
+from sae_lens_multimodal.hooks.control_questions import Example, first_tokens, rival_tokens
+from sae_lens_multimodal.hooks.control_records import Candidate, ControlSet, Outcome, Rate, Trial
 from sae_lens_multimodal.hooks.control_search import Place, Search
-from sae_lens_multimodal.hooks.control_split import held_out_prompts
 from sae_lens_multimodal.hooks.gradients import check_language_hook
 from sae_lens_multimodal.hooks.saes import check_features, check_sae
 from sae_lens_multimodal.hooks.selection import StepName, Tokens
 from sae_lens_multimodal.types import Conversation
 
-Match = Callable[[str, str], bool]
-"""Whether an answer is the wanted one."""
-
-
-def same_answer(answer: str, wanted: str) -> bool:
-    """Tell whether two answers are the same but for case and surrounding blanks."""
-    return answer.strip().lower() == wanted.strip().lower()
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,13 +46,16 @@ class SearchSettings:
     max_side_effects: float = 0.1
     """Share of guard examples that may change before side effects count much more."""
     held_out: float = 0.5
-    """Share of examples and of guard examples that the search never sees; a picture is on one side only."""
+    """Share of examples and of guard examples that the search never sees; a picture is on one side only, unless there
+    are too few (`ControlSet.pictures_shared`)."""
     n_random: int = 3
     """Draws of random features."""
     max_new_tokens: int = 8
     """Tokens of an answer at most."""
     batch_size: int = 16
     """Prompts in a forward pass."""
+    gradient_batch_size: int = 2
+    """Prompts in a backward pass, which needs many times the memory."""
     seed: int = 0
     """Of the split and the random features."""
 
@@ -66,7 +65,7 @@ class SearchSettings:
         Raises:
             ConfigError: one cannot work.
         """
-        for name in ("n_candidates", "n_kept", "max_features", "max_new_tokens", "batch_size"):
+        for name in ("n_candidates", "n_kept", "max_features", "max_new_tokens", "batch_size", "gradient_batch_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"Got {name}={getattr(self, name)}; expected 1 or more.")
         if not 0 < self.held_out < 1:
@@ -97,7 +96,8 @@ def find_controls(
     Examples and guards are split. On one part, attribution proposes features to raise or to ablate; each is tried by
     a real intervention at several strengths; a set is grown greedily, thinned out, and tuned. On the other part, which
     the search never sees, the set is measured by whole answers, beside random features of the same activity and the
-    difference of means between prompts that are answered as wanted and the examples.
+    difference of means between prompts that are answered as wanted and the examples, which is added at the same
+    strengths and tuned alike. Prompts that pictures link, be they examples, guards or positives, are on one side.
 
     Args:
         model: The model.
@@ -107,7 +107,8 @@ def find_controls(
         unwanted: The answer they get and should not, likewise; None for whatever is likeliest.
         guard: Prompts whose answers are to stay.
         positives: Prompts that are answered as wanted: features that the examples lack get their scale from them, and
-            the difference of means is taken from them.
+            the difference of means is taken from those of them that the model really answers so (with one of the
+            wanted answers). Those that show a picture of a held-out prompt are left out.
         tokens: Where features are changed; as in `steer`. Names or functions, as prompts differ in length.
         steps: When; as in `steer`.
         hook_name: The hook; None for the one the SAE was trained on.
@@ -128,13 +129,18 @@ def find_controls(
     check_language_hook(model, name)
     check_features(sae, list(scales or {}))
     place = Place(sae=sae, hook_name=name, tokens=tokens, steps=steps)
-    split = _Split.of(
-        model, _paired(examples, wanted, unwanted), [Example(conversation=one) for one in guard], settings
+    split = Split.of(
+        model,
+        _paired(examples, wanted, unwanted),
+        [Example(conversation=one) for one in guard],
+        [Example(conversation=one) for one in positives],
+        share=settings.held_out,
+        seed=settings.seed,
+        batch_size=settings.batch_size,
     )
     bar = tqdm(total=6, desc="controls", disable=not progress)
-    known = Questions(model, [Example(conversation=one) for one in positives], batch_size=settings.batch_size)
-    activity = measure_activity(model, sae, name, [split.examples, split.guards, known], tokens)
-    scale = given_scales(sae, activity, scales)
+    activity = measure_activity(model, sae, name, [split.examples, split.guards, split.positives], tokens)
+    scale = given_scales(activity, scales)
     bar.update()
     search, screened = _screened(model, place, split, scale, settings)
     bar.update()
@@ -143,12 +149,12 @@ def find_controls(
     )
     found, curve = search.tune(found)
     bar.update()
-    held = _HeldOut.of(model, split, match, settings.max_new_tokens)
+    held = HeldOut.of(model, split, match, settings.max_new_tokens)
     after = held.ask(place.steered(model, found.controls) if found.controls else model)
     bar.update()
     random = _random(model, place, held, found, activity, scale, settings)
     bar.update()
-    difference = _difference(search, held, known, tokens)
+    difference = _difference(search, held, settings)
     bar.update()
     bar.close()
     return ControlSet(
@@ -166,6 +172,9 @@ def find_controls(
         answers=held.pairs(after),
         n_search_examples=len(split.examples),
         n_search_guards=len(split.guards),
+        n_positives=len(split.positives),
+        n_positives_left_out=split.n_left_out,
+        pictures_shared=split.pictures_shared,
         seed=settings.seed,
     )
 
@@ -188,33 +197,8 @@ def _paired(
     ]
 
 
-@dataclass(frozen=True)
-class _Split:
-    """Examples and guards of the search, and those held out."""
-
-    examples: Questions
-    guards: Questions
-    held_examples: Questions
-    held_guards: Questions
-
-    @classmethod
-    def of(
-        cls, model: VisionLanguageModel, examples: list[Example], guards: list[Example], settings: SearchSettings
-    ) -> _Split:
-        lists = (examples, guards)
-        held = held_out_prompts(
-            [[one.conversation for one in some] for some in lists], settings.held_out, settings.seed
-        )
-        pieces: list[Questions] = []
-        for some, flags in zip(lists, held, strict=True):
-            for side in (False, True):
-                chosen = [one for one, flag in zip(some, flags, strict=True) if flag == side]
-                pieces.append(Questions(model, chosen, batch_size=settings.batch_size))
-        return cls(examples=pieces[0], held_examples=pieces[1], guards=pieces[2], held_guards=pieces[3])
-
-
 def _screened(
-    model: VisionLanguageModel, place: Place, split: _Split, scale: torch.Tensor, settings: SearchSettings
+    model: VisionLanguageModel, place: Place, split: Split, scale: torch.Tensor, settings: SearchSettings
 ) -> tuple[Search, list[tuple[Candidate, Trial]]]:
     """Propose candidates by attribution and try each."""
     logits = split.examples.logits(model)
@@ -229,60 +213,24 @@ def _screened(
         split.guards.logits(model),
         max_side_effects=settings.max_side_effects,
     )
-    foreseen = foresee(model, place.sae, place.hook_name, split.examples, wanted, rivals, place.tokens, scale)
+    foreseen = foresee(
+        model,
+        place.sae,
+        place.hook_name,
+        split.examples,
+        wanted,
+        rivals,
+        place.tokens,
+        scale,
+        batch_size=settings.gradient_batch_size,
+    )
     return search, search.screen(propose(foreseen, scale, settings.n_candidates), settings.strengths)
-
-
-@dataclass(frozen=True)
-class _HeldOut:
-    """Held-out prompts and how the model answers them by itself."""
-
-    split: _Split
-    match: Match
-    max_new_tokens: int
-    before: tuple[list[str], list[str]]
-
-    @classmethod
-    def of(cls, model: VisionLanguageModel, split: _Split, match: Match, max_new_tokens: int) -> _HeldOut:
-        some = (split.held_examples, split.held_guards)
-        before = tuple(one.answers(model, max_new_tokens) for one in some)
-        return cls(split, match, max_new_tokens, (before[0], before[1]))
-
-    def ask(self, model: VisionLanguageModel) -> tuple[list[str], list[str]]:
-        """The whole answers to examples and to guards."""
-        return (
-            self.split.held_examples.answers(model, self.max_new_tokens),
-            self.split.held_guards.answers(model, self.max_new_tokens),
-        )
-
-    def success(self, answers: Sequence[str]) -> Rate:
-        """How many examples are answered as wanted."""
-        asked = self.split.held_examples.examples
-        right = [self.match(one, example.wanted or "") for one, example in zip(answers, asked, strict=True)]
-        return Rate(sum(right), len(right))
-
-    def outcome(self, after: tuple[list[str], list[str]], what: str) -> Outcome:
-        """Count what changed."""
-        moved = [one != other for one, other in zip(after[1], self.before[1], strict=True)]
-        return Outcome(success=self.success(after[0]), side_effects=Rate(sum(moved), len(moved)), what=what)
-
-    def pairs(self, after: tuple[list[str], list[str]]) -> list[AnswerPair]:
-        """Every prompt with its answers."""
-        found = []
-        for some, old, new in zip((self.split.held_examples, self.split.held_guards), self.before, after, strict=True):
-            for example, prompt, one, other in zip(some.examples, some.prompts(), old, new, strict=True):
-                found.append(
-                    AnswerPair(
-                        conversation=example.conversation, prompt=prompt, wanted=example.wanted, before=one, after=other
-                    )
-                )
-        return found
 
 
 def _random(
     model: VisionLanguageModel,
     place: Place,
-    held: _HeldOut,
+    held: HeldOut,
     found: Trial,
     activity: Activity,
     scale: torch.Tensor,
@@ -298,19 +246,21 @@ def _random(
     if not outcomes:
         return None
     return Outcome(
-        success=Rate(sum(one.success.count for one in outcomes), sum(one.success.total for one in outcomes)),
-        side_effects=Rate(
-            sum(one.side_effects.count for one in outcomes), sum(one.side_effects.total for one in outcomes)
-        ),
+        success=Rate.mean([one.success for one in outcomes]),
+        side_effects=Rate.mean([one.side_effects for one in outcomes]),
         what=f"random features of the same activity, {len(outcomes)} draws",
     )
 
 
-def _difference(search: Search, held: _HeldOut, positives: Questions, tokens: Tokens) -> Outcome | None:
-    """Ask with the difference of means added, if there are prompts that are answered as wanted."""
-    if not len(positives):
+def _difference(search: Search, held: HeldOut, settings: SearchSettings) -> Outcome | None:
+    """Ask with the difference of means added, if there are positives that are answered as wanted."""
+    asked, place = search.examples, search.place
+    positives = answered_as_wanted(
+        search.model, held.split.positives, asked.examples, held.match, settings.max_new_tokens
+    )
+    means = [mean_value(search.model, place.hook_name, some, place.tokens) for some in (positives, asked)]
+    if means[0] is None or means[1] is None or bool((means[0] == means[1]).all()):
+        logger.info("no difference of means: of %d positives %d serve", len(held.split.positives), len(positives))
         return None
-    name = search.place.hook_name
-    vector = mean_value(search.model, name, positives, tokens) - mean_value(search.model, name, search.examples, tokens)
-    model, strength, _ = best_vector(search, vector)
-    return held.outcome(held.ask(model), f"difference of means, {strength:g} times")
+    model, strength, _ = best_vector(search, means[0] - means[1], settings.strengths)
+    return held.outcome(held.ask(model), f"difference of means of {len(positives)} positives, {strength:g} times")

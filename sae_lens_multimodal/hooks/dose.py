@@ -33,7 +33,7 @@ DoseKind: TypeAlias = Literal["set", "add", "scale"]
 ModalityName: TypeAlias = Literal["image", "text"]
 
 STRENGTHS = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0)
-"""Sixteen strengths from nothing to ten times what the feature reaches by itself."""
+"""Sixteen strengths, from nothing (which ablates, where the activation is set) to ten times the unit."""
 
 _KINDS: Mapping[str, Callable[[float], Change]] = {"set": Set, "add": Add, "scale": Scale}
 
@@ -59,7 +59,7 @@ def dose_response(
     target: str | int,
     *,
     strengths: Sequence[float] = STRENGTHS,
-    unit: float | Scales = 1.0,
+    unit: float | Scales | None = None,
     modality: ModalityName = "image",
     kind: DoseKind = "set",
     guard: Sequence[Conversation] = (),
@@ -68,6 +68,7 @@ def dose_response(
     hook_name: str | None = None,
     error: ErrorTerm = "keep",
     name: str | None = None,
+    batch_size: int | None = None,
     progress: bool = False,
 ) -> DoseCurve:
     """Measure how likely an answer becomes, and what else changes, as a feature is steered ever more strongly.
@@ -83,7 +84,8 @@ def dose_response(
             tokens the probability is that of them all; they are steered as generated ones would be.
         strengths: How strongly, in units of `unit`.
         unit: What a strength of 1 is. A `FeatureStore` (or anything with its `scale`) stands for the feature's own 99th
-            percentile in `modality`; `activation_unit` measures it on prompts. A number is a number of activation.
+            percentile in `modality`; None for what `activation_unit` measures of it on the prompts and guards, or for
+            a vector itself. A number is a number of activation.
         modality: Which tokens' activations the unit is taken from.
         kind: Whether the activation is set to strength times unit, that much is added, or it is scaled by the strength
             alone.
@@ -93,30 +95,37 @@ def dose_response(
         hook_name: The hook; None for the SAE's own.
         error: Whether to keep what the SAE does not reconstruct.
         name: What the curve is called.
+        batch_size: Strengths in one forward pass; None for all at once, which is the fastest where memory allows.
         progress: Show a progress bar.
 
     Raises:
         FeatureError, SAEMismatchError, SelectionError: as `steer`.
-        ConfigError: no strengths or prompts, a strength that is not a finite number, an unknown target or a feature
-            that has no unit because it never fires.
+        ConfigError: no strengths or prompts, a strength that is not a finite number, an unknown target, a feature
+            that has no unit because it never fires, or steps in which nothing that is measured is predicted.
     """
     values = _checked(strengths, kind)
-    if not isinstance(unit, int | float) and not isinstance(sae, SteeringVector):
-        unit.check_sae(sae)
-    size = 1.0 if kind == "scale" else _unit(unit, feature, modality)
-    changes: list[Change] = [_KINDS[kind](strength * size) for strength in values]
-    rows: Any = [Add(0.0), *changes] if isinstance(sae, SteeringVector) else [{}, *({feature: one} for one in changes)]
-    _check_feature(sae, feature)
     asked = _several(prompts)
     if not asked:
         raise ConfigError("Got no prompts; expected at least one.")
+    if batch_size is not None and batch_size < 1:
+        raise ConfigError(f"Got batch_size={batch_size}; expected 1 or more, or None.")
     ids = target_ids(model, target)
+    _check_steps(ids, steps)
+    _check_feature(sae, feature)
+    if unit is None and kind != "scale" and not isinstance(sae, SteeringVector):
+        unit = activation_unit(model, sae, feature, [*asked, *guard], modality=modality, hook_name=hook_name)
+    size = 1.0 if kind == "scale" else _unit(unit, sae, feature, modality)
+    changes: list[Change] = [_KINDS[kind](strength * size) for strength in values]
+    rows: Any = [Add(0.0), *changes] if isinstance(sae, SteeringVector) else [{}, *({feature: one} for one in changes)]
     settings = {"tokens": tokens, "steps": steps, "hook_name": hook_name, "error": error}
-    runner = _Runner(model, sae, rows, settings)
-    bar = tqdm(total=len(asked) + len(guard), desc="dose", unit="prompt", disable=not progress)
+    size_of_part = batch_size or len(rows)
+    runners = [
+        _Runner(model, sae, rows[start : start + size_of_part], settings) for start in range(0, len(rows), size_of_part)
+    ]
+    bar = tqdm(total=len(runners) * (len(asked) + len(guard)), desc="dose", unit="pass", disable=not progress)
     with bar:
-        found = [runner.logits(prompt, ids, bar) for prompt in asked]
-        guarded = [runner.logits(prompt, (), bar)[:, -1] for prompt in guard]
+        found = [torch.cat([one.logits(prompt, ids, bar) for one in runners]) for prompt in asked]
+        guarded = [torch.cat([one.logits(prompt, (), bar)[:, -1] for one in runners]) for prompt in guard]
     return _curve(model, found, guarded, ids, values, size).named(
         name or (sae.name if isinstance(sae, SteeringVector) else f"feature {feature}"),
         feature=feature,
@@ -285,8 +294,24 @@ def _check_feature(sae: Source, feature: int) -> None:
         raise FeatureError(f"Got feature {feature!r} of {sae.name}; a vector has one feature, 0.")
 
 
-def _unit(unit: float | Scales, feature: int, modality: ModalityName) -> float:
-    size = float(unit) if isinstance(unit, int | float) else unit.scale(feature, modality)
+def _check_steps(ids: Sequence[int], steps: Steps) -> None:
+    """Refuse a curve that must be flat: the answer's first token is predicted before any is generated."""
+    includes_prompt = 0 in steps if isinstance(steps, range) else steps != "decoding"
+    if not includes_prompt and len(ids) < 2:
+        raise ConfigError(
+            f"Got steps={steps!r} and a target of one token, which the prompt predicts; expected steps that include "
+            "the prompt, or a longer target."
+        )
+
+
+def _unit(unit: float | Scales | None, sae: Source, feature: int, modality: ModalityName) -> float:
+    if unit is None or isinstance(unit, int | float):
+        size = 1.0 if unit is None else float(unit)
+    elif isinstance(sae, SteeringVector):
+        raise ConfigError(f"Got a store as the unit of {sae.name}; a vector is no feature of it, so give a number.")
+    else:
+        unit.check_sae(sae)
+        size = unit.scale(feature, modality)
     if not math.isfinite(size) or size <= 0:
         raise ConfigError(
             f"Got a unit of {size:g} for feature {feature} on {modality} tokens; expected more than 0. A feature that "

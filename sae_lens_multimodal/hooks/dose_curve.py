@@ -56,13 +56,23 @@ class DoseCurve:
         return replace(self, name=name, feature=feature, kind=kind, unit=unit, target=target)
 
     def best(self, *, max_side_effect: float = 0.1) -> DosePoint | None:
-        """Return the point with the likeliest target among those with little side effect; None where there is none.
+        """Return the point with the likeliest target among those with little side effect; None where none helps.
+
+        A point helps where the target is likelier than without steering.
 
         The side effect is the KL divergence of the guard prompts' answers, or of the other answers where there are no
         guard prompts, in nats. Of equals the weaker strength is taken.
         """
-        mild = [point for point in self.points if self.side_effect(point) <= max_side_effect]
+        mild = [
+            point
+            for point in self.points
+            if self.side_effect(point) <= max_side_effect and point.target > self.baseline
+        ]
         return max(mild, key=lambda point: (point.target, -abs(point.strength)), default=None)
+
+    def spelt(self, point: DosePoint) -> str:
+        """Return a point's strength for reading: a feature that is set to nothing is ablated."""
+        return "ablated" if self.kind == "set" and point.value == 0 else f"{point.strength:g}"
 
     def side_effect(self, point: DosePoint) -> float:
         """Return a point's side effect, as `best` counts it."""

@@ -79,7 +79,7 @@ class ForwardPass:
         sizes: list[tuple[int, int]] = []
         if step == 0 or _reads_all(inputs, prompt_tokens + step):
             given = [{**_mapping(args), **kwargs} for args, kwargs in batcher.invokes]
-            found = [known_picture_sizes(one) for one in given]
+            found = [known_picture_sizes(one) or model.family.picture_sizes(one) for one in given]
             sizes = [size for one in found for size in one or ()]
         forward = cls(inputs, step, sizes, n_prompts=batcher.total)
         return replace(forward, prompt_tokens=_shape(forward)[1] if step == 0 else prompt_tokens)

@@ -8,7 +8,6 @@ from itertools import count, islice
 from typing import TYPE_CHECKING
 
 from sae_lens_multimodal.scenes import questions as q
-from sae_lens_multimodal.scenes.words import COLOURS
 from sae_lens_multimodal.scenes.world import Scene, make_scene
 from sae_lens_multimodal.types import Box
 
@@ -29,8 +28,25 @@ class ConstraintCase:
     """Its visual constraint is the word that names the object, with its box; its textual one what is asked for."""
     counterfactual: ConstrainedQuestion
     """About the other object, with its own answer: the symmetric pair."""
-    absent: str
-    """A colour that no object of the scene has: corrupts the constraint without another answer."""
+
+    @property
+    def word(self) -> str:
+        """What names the object in the clean question."""
+        return _visual(self.clean)
+
+    @property
+    def other_word(self) -> str:
+        """What names the other object."""
+        return _visual(self.counterfactual)
+
+    @property
+    def box(self) -> Box:
+        """Where the object is, in pixels."""
+        return Box(*next(one.box for one in self.clean.constraints if one.box is not None))
+
+
+def _visual(question: ConstrainedQuestion) -> str:
+    return next(one.text for one in question.constraints if one.kind == "visual")
 
 
 def constraint_cases(n: int, *, first_seed: int = FIRST_SEED, n_objects: int = 2) -> list[ConstraintCase]:
@@ -53,12 +69,10 @@ def _cases(first_seed: int, n_objects: int) -> Iterator[ConstraintCase]:
         others = [at for at, one in enumerate(attributes) if one[kind] != attributes[target][kind]]
         if not others:
             continue
-        colours = {one["colour"] for one in attributes}
         yield ConstraintCase(
             scene=scene,
             clean=_question(scene, attributes, target, kind),
             counterfactual=_question(scene, attributes, others[0], kind),
-            absent=next(one for one in COLOURS if one not in colours),
         )
 
 

@@ -116,10 +116,7 @@ def _thing_pictures(attributes: dict[str, str], first_seed: int) -> Iterator[Ima
 def neighbours(attributes: dict[str, str]) -> list[dict[str, str]]:
     """Name the things that differ from one in exactly one attribute."""
     return [
-        {**attributes, kind: value}
-        for kind in attributes
-        for value in ATTRIBUTES[kind]
-        if value != attributes[kind]
+        {**attributes, kind: value} for kind in attributes for value in ATTRIBUTES[kind] if value != attributes[kind]
     ]
 
 

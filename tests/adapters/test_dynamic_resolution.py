@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
+from transformers import AutoConfig
 from transformers.models.idefics3.modeling_idefics3 import Idefics3Connector
 from transformers.models.internvl.modeling_internvl import InternVLModel
 from transformers.models.smolvlm.modeling_smolvlm import SmolVLMConnector
@@ -22,7 +23,7 @@ from sae_lens_multimodal.errors import ImageError, LayoutError, PromptError
 from sae_lens_multimodal.types import Modality
 from tests.adapters.adapter_samples import picture, prompt
 
-QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5")
+QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
 PACKED = (*QWEN, "glm4v", "glm46v")
 TILED = ("idefics3", "smolvlm", "internvl")
 SIZES = st.tuples(st.integers(20, 900), st.integers(20, 900))
@@ -267,3 +268,19 @@ def test_what_is_added_to_the_residual_stream_adds_up(name: str) -> None:
         )
         assert torch.equal(pre + attention, mid), beginning
         assert torch.equal(mid + mlp, post), beginning
+
+
+@pytest.mark.parametrize("name", [*PACKED, *TILED])
+def test_hooks_of_the_configuration_that_is_transformers_own(name: str) -> None:
+    """All layers and widths, of which the tiny models have few and which they may give too many of."""
+    _, processor = find_family(name).random_model(seed=0)
+    family = find_family(name)(AutoConfig.for_model(name), processor)
+    points = family.hook_points()
+    names = {point.name for point in points}
+    assert len(names) == len(points)
+    assert f"blocks.{family.n_layers - 1}.hook_resid_post" in names
+    depth = family.config.vision_config.num_hidden_layers
+    assert f"vision.blocks.{depth - 1}.hook_resid_post" in names
+    assert {point.d for point in points if point.name.endswith("hook_resid_mid") and point.tower == "language"} == {
+        family.d_model
+    }

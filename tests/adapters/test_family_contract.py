@@ -100,7 +100,8 @@ def test_every_module_exists_and_names_are_unique(random_model: VisionLanguageMo
 def test_the_hooks_that_everyone_relies_on(random_model: VisionLanguageModel) -> None:
     names = set(random_model.hooks.names())
     for index in range(random_model.n_layers):
-        for hook in ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out"):
+        mid = () if random_model.family.parallel_blocks else ("resid_mid",)
+        for hook in ("resid_pre", *mid, "resid_post", "attn_out", "mlp_out"):
             name = f"blocks.{index}.hook_{hook}"
             assert name in names
             point = random_model.hooks.resolve(name)
@@ -203,7 +204,8 @@ def test_each_invoke_sees_its_own_rows(random_model: VisionLanguageModel) -> Non
 
 def test_an_edit_in_one_invoke_leaves_the_others(random_model: VisionLanguageModel) -> None:
     first, second = prompt(picture(60, 90), "what is this ?"), prompt(picture(50, 20), "is there a circle ?")
-    for hook in ("vision.blocks.0.hook_resid_post", "blocks.0.hook_resid_mid", "blocks.1.attn.hook_pattern"):
+    inner = "blocks.0.hook_attn_out" if random_model.family.parallel_blocks else "blocks.0.hook_resid_mid"
+    for hook in ("vision.blocks.0.hook_resid_post", inner, "blocks.1.attn.hook_pattern"):
         plain = [logits_of(random_model, random_model.encode(one)) for one in (first, second)]
         with random_model.trace() as tracer:
             with tracer.invoke(first):

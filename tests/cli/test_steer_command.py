@@ -78,9 +78,10 @@ def test_answers_and_a_dose_curve(
     assert "before: as it is" in shown
     assert "after: 3 set to 8" in shown
     page = tmp_path / "page"
-    dose = ("--target", "yes", "--dose", "0,5,40", "--output", str(page))
+    dose = ("--target", "yes", "--dose", "0,5,40", "--unit", "1", "--output", str(page))
     assert main((*names, *asked, *dose)) == 0, capsys.readouterr().err
-    assert "P(yes)" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "P(yes)" in shown and "ablated" in shown
     (curve,) = (DoseCurve.from_dict(one) for one in read_json(page / "dose.json"))
     assert [point.strength for point in curve.points] == [0.0, 5.0, 40.0]
     html = (page / "index.html").read_text(encoding="utf-8")
@@ -90,6 +91,9 @@ def test_answers_and_a_dose_curve(
         (("--set", "8", "--box", "0,0,9999,9"), "outside of image 0"),
         (("--feature", "99", "--set", "8"), "expected an integer from 0 to 31"),
         (("--set", "nan"), "finite number"),
+        ((*dose, "--set", "8"), "got --set, which would do nothing"),
+        (("--set", "8", "--dose", "1,2"), "got --dose, which would do nothing"),
+        ((*dose, "--store", str(tmp_path)), "got --unit, which would do nothing"),
     ):
         assert main((*names, *asked, *wrong)) == 1
         assert message in capsys.readouterr().err

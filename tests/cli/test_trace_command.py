@@ -34,15 +34,25 @@ def arguments(tmp_path: Path, case: ConstraintCase) -> list[str]:
 def test_cells_are_printed_and_the_page_is_written(
     arguments: list[str], case: ConstraintCase, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    visual = next(one.text for one in case.clean.constraints if one.kind == "visual")
-    more = ["--constraint", visual, "--replace", case.absent, "--parts", "resid", "--top", "3", "--tokens", "text"]
+    more = [
+        "--constraint",
+        case.word,
+        "--replace",
+        case.other_word,
+        "--parts",
+        "resid",
+        "--top",
+        "3",
+        "--tokens",
+        "text",
+    ]
     assert main([*arguments, *more, "--output", str(tmp_path / "page")]) == 0
     printed = capsys.readouterr().out.splitlines()
     stored = read_json(tmp_path / "page" / "trace.json")[case.clean.question]
     assert printed[0] == f"answer: {case.clean.answer}"
     assert printed[1].startswith(f"probability: clean {stored['clean']['probability']:.4g}, corrupted ")
     first = printed[printed.index("restored  part      layer  token") + 1].split()
-    assert first[1:] == ["resid", "0", visual]
+    assert first[1:] == ["resid", "0", case.word]
     assert float(first[0]) == pytest.approx(1.0, abs=0.01)
     assert printed[-1] == str((tmp_path / "page" / "index.html").resolve())
 

@@ -62,13 +62,13 @@ def test_the_update_is_the_published_one_and_reaches_the_value(tiny: VisionLangu
 
 def test_damping_is_lambda_in_units_of_the_key(tiny: VisionLanguageModel) -> None:
     key, before = read_by_hand(tiny, 0)
-    edit = compute_edit(
-        tiny, [ask()], TARGET, constraint=-1, layers=0, settings=EditSettings(max_steps=3, damping=0.5)
-    )
+    edit = compute_edit(tiny, [ask()], TARGET, constraint=-1, layers=0, settings=EditSettings(max_steps=3, damping=0.5))
     with edit.on(tiny):
         _, after = read_by_hand(tiny, 0)
     left = edit.changes[0].tensors()["left"]
-    torch.testing.assert_close(after - before, left * (key @ key) / (0.5 * (key @ key) + key @ key), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(
+        after - before, left * (key @ key) / (0.5 * (key @ key) + key @ key), rtol=1e-3, atol=1e-4
+    )
 
 
 def test_the_answer_is_that_of_a_hook_that_writes_the_value(tiny: VisionLanguageModel, found: Edit) -> None:
@@ -105,6 +105,7 @@ def test_the_recorded_probability_is_that_of_plain_forwards(tiny: VisionLanguage
     place = batch["input_ids"].shape[1] - 1
     tokens = torch.cat([batch["input_ids"], torch.tensor([ids])], dim=1)
     inputs = {**batch, "input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    inputs.pop("position_ids", None)  # the row is not padded, so the model counts the same
 
     def probability(change: Tensor) -> float:
         def write(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
@@ -262,11 +263,11 @@ def test_essence_is_kept(tiny: VisionLanguageModel) -> None:
 
 
 def test_fine_tuning_stays_within_its_bound(tiny: VisionLanguageModel) -> None:
-    settings = FineTuneSettings(max_steps=60, bound=0.3, learning_rate=0.05, end=False)
+    settings = FineTuneSettings(max_steps=60, bound=0.5, learning_rate=0.1, end=False)
     edit = fine_tune(tiny, [ask()], TARGET, layer=1, settings=settings)
     whole = edit.changes[0].tensors()["whole"]
     unit = float(weight(tiny, 1).detach().square().mean().sqrt())
-    assert float(whole.abs().max()) <= 0.3 * unit * 1.001
+    assert float(whole.abs().max()) <= 0.5 * unit * 1.001
     with edit.on(tiny):
         assert tiny.answer(ask(), max_new_tokens=1)[0] == TARGET
 

@@ -321,6 +321,10 @@ def test_check_correlates_what_it_says(model: VisionLanguageModel, sae: SAE[Any]
     assert torch.tensor(check.true_effects) == pytest.approx(again, abs=1e-6)
     expected = stats.spearmanr([one.effect for one in check.nodes], check.true_effects).statistic
     assert check.spearman == pytest.approx(expected)
+    sizes = stats.spearmanr([abs(one.effect) for one in check.nodes], [abs(one) for one in check.true_effects])
+    assert check.magnitude_spearman == pytest.approx(sizes.statistic)
+    same = [one.effect * true > 0 for one, true in zip(check.nodes, check.true_effects, strict=True)]
+    assert check.sign_agreement == pytest.approx(sum(same) / len(same))
     assert len(json.loads(json.dumps(check.to_dict()))["nodes"]) == 12
     values = torch.randint(0, 5, (2, 30), generator=torch.Generator().manual_seed(0)).tolist()
     assert spearman(*values) == pytest.approx(stats.spearmanr(*values).statistic)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from sae_lens_multimodal.hooks.dose import STRENGTHS, activation_unit, dose_resp
 from sae_lens_multimodal.hooks.dose_curve import DoseCurve, DosePoint
 from sae_lens_multimodal.hooks.places import BoxTokens
 from sae_lens_multimodal.hooks.read import read_activations
-from sae_lens_multimodal.hooks.steer import Add, Set, SteeringVector, steer
+from sae_lens_multimodal.hooks.steer import Ablate, Add, Set, SteeringVector, steer
 from tests.hooks.hook_samples import HOOK
 
 Conversations = list[list[dict[str, Any]]]
@@ -72,6 +73,7 @@ def test_targets_of_several_tokens_are_steered_as_if_generated(
             conversations[0],
             "red circle no",
             strengths=[30.0],
+            unit=1.0,
             steps=steps,  # type: ignore[arg-type]
         )
         words = model.tokenizer("red circle no", add_special_tokens=False)["input_ids"]
@@ -101,13 +103,35 @@ def test_nothing_changes_at_no_strength(
     model: VisionLanguageModel, sae: SAE[Any], conversations: Conversations
 ) -> None:
     curve = dose_response(
-        model, sae, 3, conversations, "no", strengths=[0.0], kind="add", guard=conversations[:1], tokens="all"
+        model, sae, 3, conversations, "no", strengths=[0.0], kind="add", unit=1.0, guard=conversations[:1], tokens="all"
     )
     (point,) = curve.points
     assert point.target == curve.baseline
     assert (point.others_kl, point.guard_kl, point.guard_changed) == (0, 0, 0)
     assert point.answers == curve.baseline_answers
     assert len(STRENGTHS) == 16
+
+
+def test_an_activation_set_to_nothing_is_called_ablated(
+    model: VisionLanguageModel, sae: SAE[Any], active: list[int], conversations: Conversations
+) -> None:
+    curve = dose_response(model, sae, active[0], conversations[0], "no", strengths=[0.0, 1.0])
+    no = model.tokenizer.convert_tokens_to_ids("no")
+    ablated = probabilities(steer(model, sae, {active[0]: Ablate()}), conversations[0])
+    assert curve.points[0].target == pytest.approx(float(ablated[no]), rel=1e-3)
+    assert [curve.spelt(point) for point in curve.points] == ["ablated", "1"]
+
+
+def test_strengths_in_several_passes_are_those_in_one(
+    model: VisionLanguageModel, sae: SAE[Any], active: list[int], conversations: Conversations
+) -> None:
+    asked = {"strengths": [0.5, 1.0, 2.0, 4.0], "guard": conversations[1:2]}
+    whole = dose_response(model, sae, active[0], conversations[:1], "no", **asked)  # type: ignore[arg-type]
+    parts = dose_response(model, sae, active[0], conversations[:1], "no", batch_size=2, **asked)  # type: ignore[arg-type]
+    assert parts.baseline == pytest.approx(whole.baseline, rel=1e-4)
+    for one, other in zip(parts.points, whole.points, strict=True):
+        assert one.target == pytest.approx(other.target, rel=1e-4)
+        assert one.guard_kl == pytest.approx(other.guard_kl, rel=1e-2, abs=1e-6)
 
 
 def test_units_are_the_features_own(
@@ -130,6 +154,12 @@ def test_units_are_the_features_own(
     curve = dose_response(model, sae, active[0], conversations[0], "no", strengths=[2.0], unit=Store())
     assert (curve.unit, curve.points[0].value) == (2.5, 5.0)
     assert checked == [sae]
+    # without a store the unit is measured on the prompts and guards
+    own = dose_response(model, sae, active[0], conversations[0], "no", strengths=[1.0], guard=conversations[1:])
+    assert own.unit == pytest.approx(expected, rel=1e-4)
+    vector = SteeringVector(torch.randn(48), HOOK, "a direction")
+    with pytest.raises(ConfigError, match="a vector is no feature of it"):
+        dose_response(model, vector, 0, conversations[0], "no", unit=Store())
     with pytest.raises(ConfigError, match="unit of 0 for feature 3 on text tokens"):
         dose_response(model, sae, 3, conversations[0], "no", unit=Store(), modality="text")
 
@@ -159,6 +189,7 @@ def test_the_best_point_has_little_side_effect() -> None:
     assert curve.best() == curve.points[1]
     assert curve.best(max_side_effect=1) == curve.points[2]
     assert curve.best(max_side_effect=0.001) is None
+    assert replace(curve, baseline=0.8).best() is None  # all that is mild makes the target less likely
     alone = DoseCurve(points=(point(1, 0.5, None, 0.3), point(2, 0.4, None, 0.05)), baseline=0.1)
     assert alone.best() == alone.points[1]
     assert DoseCurve.from_dict(curve.to_dict()) == curve
@@ -184,6 +215,8 @@ def test_divergence_by_hand() -> None:
         ({"target": "zebra"}, ConfigError, "zebra"),
         ({"prompts": []}, ConfigError, "no prompts"),
         ({"unit": -1.0}, ConfigError, "unit of -1"),
+        ({"batch_size": 0}, ConfigError, "batch_size=0"),
+        ({"steps": "decoding"}, ConfigError, "one token, which the prompt predicts"),
         ({"tokens": BoxTokens((0, 0, 9999, 9))}, SelectionError, "outside of image 0"),
     ],
 )
@@ -195,6 +228,6 @@ def test_bad_input(
     sae: SAE[Any],
     conversations: Conversations,
 ) -> None:
-    given: dict[str, Any] = {"feature": 3, "prompts": conversations[0], "target": "no", **options}
+    given: dict[str, Any] = {"feature": 3, "prompts": conversations[0], "target": "no", "unit": 1.0, **options}
     with pytest.raises(error, match=message):
         dose_response(model, sae, given.pop("feature"), given.pop("prompts"), given.pop("target"), **given)

@@ -21,7 +21,7 @@ def test_both_questions_are_about_the_scene_and_have_other_answers() -> None:
     for case in cases:
         assert case.clean.answer != case.counterfactual.answer
         assert len(case.clean.question.split()) == len(case.counterfactual.question.split())
-        assert case.absent not in {thing.colour for thing in case.scene.objects}
+        assert case.word != case.other_word
         for question in (case.clean, case.counterfactual):
             visual = next(one for one in question.constraints if one.kind == "visual")
             kind = next(one.text for one in question.constraints if one.kind == "textual")
@@ -40,15 +40,13 @@ def test_the_model_knows_the_answers(model: VisionLanguageModel) -> None:
 
 def test_tracing_goes_from_the_thing_to_the_word_to_the_end(model: VisionLanguageModel) -> None:
     case = constraint_cases(1)[0]
-    visual = next(one for one in case.clean.constraints if one.kind == "visual")
-    assert visual.box is not None
-    word = case.clean.positions(model.family)[visual.text]
-    other = next(one for one in case.scene.objects if one.colour != visual.text)
-    groups = {"thing": BoxTokens(visual.box), "other thing": BoxTokens(tuple(map(float, other.box))), "word": word}
+    word = case.clean.positions(model.family)[case.word]
+    other = next(one for one in case.scene.objects if one.colour == case.other_word)
+    groups = {"thing": BoxTokens(case.box), "other thing": BoxTokens(tuple(map(float, other.box))), "word": word}
     found = causal_trace(
         model,
         case.clean.conversation,
-        BlankRegion(visual.box),
+        BlankRegion(case.box),
         answer=case.clean.answer,
         parts="resid",
         positions={**groups, "end": "last"},
@@ -60,7 +58,7 @@ def test_tracing_goes_from_the_thing_to_the_word_to_the_end(model: VisionLanguag
     assert float(by_layer[2, 2]) > 0.9  # then it does,
     assert float(by_layer[-1, 3]) == pytest.approx(1.0, abs=1e-4)  # and at last the end
     replaced = causal_trace(
-        model, case.clean.conversation, ReplaceTokens(word, case.absent), answer=case.clean.answer, parts="resid"
+        model, case.clean.conversation, ReplaceTokens(word, case.other_word), answer=case.clean.answer, parts="resid"
     )
     assert torch.equal(replaced.restored[:, :, : word[0]], torch.zeros(1, model.n_layers, word[0]))
     assert float(replaced.restored[0, 0, word[0]]) > 0.9

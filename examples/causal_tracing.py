@@ -1,0 +1,93 @@
+# %% [markdown]
+# # Causal tracing: from an answer to the layer and token that hold it, and to the features there
+#
+# Run `train_sae.py` first: it leaves the SAE in `output/sae`.
+
+# %%
+import torch
+from sae_lens import SAE
+
+from sae_lens_multimodal import (
+    BlankRegion,
+    BoxTokens,
+    ablate_tokens,
+    attention_contributions,
+    build_trace_report,
+    causal_trace,
+    knock_out,
+    load_model,
+    logit_lens,
+    trace_features,
+)
+from sae_lens_multimodal.scenes import model_folder
+from sae_lens_multimodal.scenes.constraints import constraint_cases
+
+model = load_model(model_folder())
+sae = SAE.load_from_disk("output/sae")
+torch.set_grad_enabled(False)
+
+# %%
+# A question about one of two objects. Its constraints are marked: a word that stands for something in the picture, and
+# one that stands for itself. The counterfactual asks the same of the other object, whose answer differs.
+case = constraint_cases(1)[0]
+print([thing.phrase for thing in case.scene.objects])
+print(case.clean.question, "->", case.clean.answer, "|", case.counterfactual.question, "->", case.counterfactual.answer)
+positions = case.clean.positions(model.family)
+print({constraint.text: (constraint.kind, positions[constraint.text]) for constraint in case.clean.constraints})
+
+# %%
+# The object painted over. Where do its clean values bring the answer back? Early at its own patches, then at the word
+# that names it, at last where the answer begins.
+blanked = causal_trace(
+    model,
+    case.clean.conversation,
+    BlankRegion(case.box),
+    answer=case.clean.answer,
+    parts="resid",
+    positions={"the object": BoxTokens(case.box), "its word": positions[case.word], "the end": "last"},
+)
+print(blanked.clean["probability"], "->", blanked.corrupted["probability"])
+for layer, shares in zip(blanked.layers, blanked.part("resid").tolist(), strict=True):
+    print(layer, {unit.label: round(share, 2) for unit, share in zip(blanked.units, shares, strict=True)})
+
+# %%
+# The same from attention's side: what the object's patches give to the word that names it, layer by layer.
+contributions = attention_contributions(model, case.clean.conversation, targets=positions[case.word])
+regions = {"the object": contributions.layout.tokens_in(case.box)}
+print(contributions.by_region(regions)["the object"][:, 0])
+
+# %%
+# And what becomes of the answer where the word may no longer look at the picture, in the first layers or the last; and
+# where the object's patches all carry their mean.
+for layers in ((0, 1, 2), (3, 4, 5)):
+    print(layers, knock_out(model, "image", positions[case.word], layers=layers).answer([case.clean.conversation]))
+print(ablate_tokens(model, BoxTokens(case.box)).answer([case.clean.conversation]))
+
+# %%
+# What the patches would say at each layer.
+lens = logit_lens(model, case.clean.conversation, words=(str(case.clean.answer),), positions="image")
+print([float(lens.heatmap(str(case.clean.answer), layer).max()) for layer in lens.layers])
+
+# %%
+# Joined up: the hottest cell that the SAE reads, its features there, and the ablation that confirms them.
+story = trace_features(
+    model,
+    sae,
+    case.clean.conversation,
+    case.counterfactual.conversation,
+    answer=case.clean.answer,
+    against=case.counterfactual.answer,
+)
+print(story.cell)
+for one in story.features:
+    print(one.feature, one.clean, one.corrupted, one.explanation)
+print("brought back:", story.restored_together, "of", story.restored_all)
+print("taken away by exchanging them:", story.exchanged_together, "random ones:", story.exchanged_random)
+
+# %%
+page = build_trace_report(
+    {case.clean.question: story, "the object painted over": blanked},
+    output="output/trace",
+    pictures={case.clean.question: case.scene.image, "the object painted over": case.scene.image},
+)
+print(page)
