@@ -23,6 +23,16 @@ if TYPE_CHECKING:
     from sae_lens_multimodal.concepts.gather import gather_states as gather_states
     from sae_lens_multimodal.concepts.ground import ground_concepts as ground_concepts
     from sae_lens_multimodal.concepts.states import ConceptStates as ConceptStates
+    from sae_lens_multimodal.editing.compute import compute_edit as compute_edit
+    from sae_lens_multimodal.editing.edit import Edit as Edit
+    from sae_lens_multimodal.editing.fine_tune import fine_tune as fine_tune
+    from sae_lens_multimodal.editing.keys import ordinary_keys as ordinary_keys
+    from sae_lens_multimodal.editing.measure import EditCases as EditCases
+    from sae_lens_multimodal.editing.measure import measure_edit as measure_edit
+    from sae_lens_multimodal.editing.settings import EditSettings as EditSettings
+    from sae_lens_multimodal.editing.store import load_edit as load_edit
+    from sae_lens_multimodal.editing.store import save_edit as save_edit
+    from sae_lens_multimodal.editing.store import save_edited as save_edited
     from sae_lens_multimodal.features.describe import describe_features as describe_features
     from sae_lens_multimodal.features.harvest import harvest as harvest
     from sae_lens_multimodal.features.store import FeatureStore as FeatureStore
@@ -89,6 +99,9 @@ _HOMES = {
     "Constraint": "hooks.constraints",
     "ContinuationLogProbability": "hooks.metrics",
     "Counterfactual": "hooks.trace_corruptions",
+    "Edit": "editing.edit",
+    "EditCases": "editing.measure",
+    "EditSettings": "editing.settings",
     "EncodedBatch": "adapters.batch",
     "ExchangeRegions": "hooks.trace_corruptions",
     "FeatureStore": "features.store",
@@ -120,6 +133,7 @@ _HOMES = {
     "cache_activations": "training.cache",
     "causal_trace": "hooks.trace",
     "check_attribution": "hooks.attribution_check",
+    "compute_edit": "editing.compute",
     "describe_features": "features.describe",
     "dose_response": "hooks.dose",
     "evaluate": "training.evaluation",
@@ -127,18 +141,24 @@ _HOMES = {
     "explain": "autointerp.explain",
     "find_concepts": "concepts.dictionary",
     "find_controls": "hooks.controls",
+    "fine_tune": "editing.fine_tune",
     "gather_states": "concepts.gather",
     "ground_concepts": "concepts.ground",
     "harvest": "features.harvest",
     "knock_out": "hooks.attention_knockout",
+    "load_edit": "editing.store",
     "load_model": "adapters.model",
     "load_published_sae": "training.published",
     "logit_lens": "hooks.lens",
+    "measure_edit": "editing.measure",
+    "ordinary_keys": "editing.keys",
     "read_activations": "hooks.read",
     "read_vqa_constraints": "hooks.constraints_files",
     "run_with_cache_with_saes": "hooks.run_with_saes",
     "run_with_saes": "hooks.run_with_saes",
     "saes": "hooks.run_with_saes",
+    "save_edit": "editing.store",
+    "save_edited": "editing.store",
     "score": "autointerp.score",
     "steer": "hooks.steer",
     "steering_vector": "hooks.vectors",

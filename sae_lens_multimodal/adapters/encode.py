@@ -146,8 +146,8 @@ def _place_markers(
         found = np.flatnonzero((ids == token) & (modality != Modality.PADDING))
         modality[found] = kind
         if len(places) and len(found):
-            # of two that are as near, what is in front of a patch names it
-            distance = np.abs(found[:, None] - places[None, ::-1])
+            # of two that are as near, what comes right after a patch ends its picture; else the next picture is named
+            distance = np.abs(found[:, None] - places[None, ::-1]) - 0.5 * (found[:, None] == places[None, ::-1] + 1)
             image_index[found] = image_index[places[::-1][distance.argmin(axis=1)]]
 
 

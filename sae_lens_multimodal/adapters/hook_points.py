@@ -87,7 +87,8 @@ class BlockModules:
     o: str
     ln1_post: str | None = None
     """The norm of the attention's output, whose output is what is added to the residual stream."""
-    ln2: str
+    ln2: str | None
+    """None where attention and MLP read the same norm."""
     mlp: str
     mlp_in: str | None
     """The linear layer whose output is the MLP's pre-activation."""
@@ -119,12 +120,13 @@ def block_parts(m: BlockModules) -> tuple[Part, ...]:
     """
     # the block adds the middle to the MLP's output too, so writing the input of ln2 would reach only half of it
     middle = () if m.mid is None else (Part("hook_resid_mid", operation=m.mid, d=m.width),)
+    before_mlp = () if m.ln2 is None else norm_parts("ln2", m.ln2, m.width, m.normalized)
     return (
         Part("hook_resid_pre", side="input", d=m.width),
         *norm_parts("ln1", m.ln1, m.width, m.normalized),
         *_attention_parts(m),
         *middle,
-        *norm_parts("ln2", m.ln2, m.width, m.normalized),
+        *before_mlp,
         *_mlp_parts(m),
         Part("hook_resid_post", d=m.width),
     )

@@ -30,6 +30,8 @@ RMS_NORMALIZED = "hidden_states_to_1"
 """The operation in transformers' RMS norms that is cast back before the weight."""
 GEMMA_NORMALIZED = "self__norm_0"
 """The operation in Gemma's norms whose result is multiplied with one plus the weight."""
+COHERE_NORMALIZED = "hidden_states_1"
+"""The operation in Cohere's layer norms that is the value before the weight, in float32."""
 SCORES = "attention_interface_1.source.nn_functional_softmax_0"
 """The operation in transformers' eager attention whose input is the masked scores."""
 PATTERN = "attention_interface_1.source.attn_weights_3"
@@ -88,9 +90,15 @@ def gemma1_block(text: Any) -> BlockModules:  # noqa: ANN401 - a transformers co
     return replace(llama_block(text), normalized=GEMMA_NORMALIZED)
 
 
+def cohere_block(text: Any) -> BlockModules:  # noqa: ANN401 - a transformers config
+    """Return the modules of a block as in Cohere's models, whose attention and MLP read the same norm."""
+    return replace(llama_block(text), ln2=None, mid=None, normalized=COHERE_NORMALIZED)
+
+
 LANGUAGE_BLOCKS: Mapping[str, Callable[[Any], BlockModules]] = MappingProxyType(
     {
         **dict.fromkeys(("llama", "ministral", "ministral3", "mistral", "qwen2", "qwen3"), llama_block),
+        "cohere2": cohere_block,
         "gemma": gemma1_block,
         **dict.fromkeys(("gemma2", "gemma3_text"), gemma_block),
     }

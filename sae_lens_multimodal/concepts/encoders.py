@@ -62,8 +62,14 @@ class TokenEncoder:
         found: list[Tensor] = []
         for start in range(0, len(texts), self.batch_size):
             part = list(texts[start : start + self.batch_size])
+            # Padding on the right moves no token from its position, whatever the tokenizer's own side is.
             batch = self.tokenizer(
-                part, padding=True, truncation=True, return_tensors="pt", return_special_tokens_mask=True
+                part,
+                padding=True,
+                padding_side="right",
+                truncation=True,
+                return_tensors="pt",
+                return_special_tokens_mask=True,
             )
             special = batch.pop("special_tokens_mask").bool()
             output = self.model(**batch.to(device), output_hidden_states=True)

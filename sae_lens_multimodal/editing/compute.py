@@ -42,7 +42,7 @@ def compute_edit(
     """Find the edit after which a model answers some prompts with a target. The model is left as it was.
 
     The value v* of the MLP's output at the constraint's last token is optimised until the target follows, over all
-    prompts together; then `W' = W + (v* − W k) kᵀ / (λ + ‖k‖²)` with k the mean of the prompts' keys there (MultEdit,
+    prompts together; then `W' = W + (v* - W k) kᵀ / (λ + ‖k‖²)` with k the mean of the prompts' keys there (MultEdit,
     arXiv 2406.04236; after ROME, arXiv 2202.05262). With several layers, each takes an equal part of what then remains
     (MEMIT, arXiv 2210.07229), the last one the whole rest.
 
@@ -190,8 +190,8 @@ def _landed(weight: Tensor, new: Tensor, key: Tensor, change: LayerChange, place
     share = float((real @ wanted) / (wanted @ wanted))
     if missed > SWALLOWED:
         warnings.warn(
-            f"{weight.dtype} swallows the edit of {place.path}: {missed:.0%} of the wanted change of its output is lost "
-            "in rounding the weights. Load the model with dtype='float32', or allow a longer change (clamp).",
+            f"{weight.dtype} swallows the edit of {place.path}: {missed:.0%} of the wanted change of its output is "
+            "lost in rounding the weights. Load the model with dtype='float32', or allow a longer change (clamp).",
             UserWarning,
             stacklevel=4,
         )

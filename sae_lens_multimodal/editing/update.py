@@ -32,7 +32,7 @@ def rank_one_update(
     `‖k‖² / (λ + ‖k‖²)` of it.
 
     Args:
-        change: v* − (W k + b).
+        change: v* - (W k + b).
         key: k.
         damping: λ.
         ordinary: keys that are to keep their values.
@@ -55,7 +55,7 @@ def whitened(
 ) -> Float[Tensor, " d_in"]:
     """Turn a key away from ordinary ones: u ∝ (C + r I)⁻¹ k with C their mean outer product, scaled so that u·k = ‖k‖².
 
-    C is never formed: by Woodbury's identity only a matrix of n × n, one row for each key, is factorised (Cholesky).
+    C is never formed: by Woodbury's identity only a matrix of n by n, one row for each key, is factorised (Cholesky).
 
     Args:
         key: k.

@@ -193,6 +193,7 @@ def attention_contributions(
     numbers = list(range(model.n_layers)) if layers is None else list(layers)
     if any(not 0 <= layer < model.n_layers for layer in numbers):
         raise ConfigError(f"Got layers {numbers}; the model has 0 to {model.n_layers - 1}.")
+    check_attention(model, numbers)
     to = chosen_tokens(model, batch, batch, targets)[0].nonzero()[:, 0]
     of = chosen_tokens(model, batch, batch, sources)[0].nonzero()[:, 0]
     seen = _look(model, batch, numbers)
@@ -204,6 +205,21 @@ def attention_contributions(
         layout=batch.layout,
         parts=[_part(model, layer, seen[layer], to, of) for layer in numbers],
     )
+
+
+def check_attention(model: VisionLanguageModel, layers: Sequence[int]) -> None:
+    """Check that layers have attention with weights: some families have other ways to mix tokens in some layers.
+
+    Raises:
+        ConfigError: one has not.
+    """
+    names = set(model.hooks.names())
+    others = [layer for layer in layers if f"blocks.{layer}.attn.hook_v" not in names]
+    if others:
+        known = [layer for layer in range(model.n_layers) if f"blocks.{layer}.attn.hook_v" in names]
+        raise ConfigError(
+            f"Layer {others[0]} of {model.name} mixes tokens without attention weights; give layers among {known}."
+        )
 
 
 @dataclass

@@ -15,6 +15,7 @@ from torch._guards import detect_fake_mode
 
 from sae_lens_multimodal.adapters.model import VisionLanguageModel
 from sae_lens_multimodal.errors import ConfigError, SelectionError
+from sae_lens_multimodal.hooks.attention import check_attention
 from sae_lens_multimodal.hooks.selection import ForwardPass, Steps, Tokens, TokenSelection
 
 WITH_MASKS = ("eager", "sdpa")
@@ -56,9 +57,10 @@ def knock_out(
             "it with 'sdpa' or 'eager'."
         )
     numbers = tuple(range(model.n_layers)) if layers is None else tuple(sorted(set(layers)))
-    count = model.hooks.resolve("blocks.0.attn.hook_z").heads or 0
     if not numbers or any(not 0 <= layer < model.n_layers for layer in numbers):
         raise ConfigError(f"Got layers={layers!r}; the model has the layers 0 to {model.n_layers - 1}.")
+    check_attention(model, numbers)
+    count = model.hooks.resolve(f"blocks.{numbers[0]}.attn.hook_z").heads or 0
     if heads is not None and (not heads or any(not 0 <= head < count for head in heads)):
         raise ConfigError(f"Got heads={heads!r}; the model has the heads 0 to {count - 1}.")
     knockout = Knockout(

@@ -60,7 +60,7 @@ def check_attribution(
     attribution: Attribution,
     *,
     n: int = 100,
-    copies: int = 16,
+    copies: int | None = None,
     progress: bool = False,
 ) -> AttributionCheck:
     """Ablate the top nodes one at a time, many in a forward pass, and compare with the estimates.
@@ -70,12 +70,14 @@ def check_attribution(
         sae: Its SAE.
         attribution: What `attribute` returned.
         n: How many nodes, by absolute estimated effect.
-        copies: Copies of the attribution's batch in a forward pass; in each copy every row has one node ablated.
+        copies: Copies of the attribution's batch in a forward pass; in each copy every row has one node ablated. None
+            for as many as make sixteen rows.
         progress: Show a bar.
 
     Raises:
         ConfigError: `n` or `copies` is below 1, or the attribution has no nodes.
     """
+    copies = max(16 // attribution.layout.n_rows, 1) if copies is None else copies
     if copies < 1:
         raise ConfigError(f"Got copies={copies}; expected 1 or more.")
     if not attribution.n_nodes:

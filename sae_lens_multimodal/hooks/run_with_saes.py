@@ -19,7 +19,7 @@ from torch._guards import detect_fake_mode
 from sae_lens_multimodal.adapters.hook_points import HookPoint
 from sae_lens_multimodal.adapters.model import VisionLanguageModel
 from sae_lens_multimodal.errors import SelectionError
-from sae_lens_multimodal.hooks.saes import check_sae, inference_sae
+from sae_lens_multimodal.hooks.saes import CHUNK_TOKENS, check_sae, inference_sae
 
 NamesFilter: TypeAlias = "str | Sequence[str] | Callable[[str], bool] | None"
 """Which values to keep, as in TransformerLens: one name, several, or a function of the name; None: all."""
@@ -192,7 +192,7 @@ class Attachment:
         given = value.to(self.sae.W_dec.device, self.sae.dtype)
         with _error_term(self.sae, self.use_error_term):
             if self.cache is None:
-                out = self.sae(given)
+                out = _in_chunks(self.sae, given)
             else:
                 out, own = self.sae.run_with_cache(given)
                 kept = {f"{self.hook.name}.{name}": one for name, one in own.items()}
@@ -202,6 +202,16 @@ class Attachment:
             return out
         spread = mask.to(value.device).reshape(*mask.shape, *[1] * (value.dim() - mask.dim()))
         return torch.where(spread, value, out)
+
+
+def _in_chunks(sae: SAE[Any], given: Tensor) -> Tensor:
+    """The SAE's own forward, for so many tokens at once that their features fit into memory."""
+    flat = given.flatten(0, 1)
+    if len(flat) <= CHUNK_TOKENS:
+        whole: Tensor = sae(given)
+        return whole
+    parts = [sae(flat[start : start + CHUNK_TOKENS][None])[0] for start in range(0, len(flat), CHUNK_TOKENS)]
+    return torch.cat(parts).reshape(given.shape)
 
 
 def _attachments(

@@ -219,7 +219,9 @@ def reconstruct_tokens(
 def decoder_directions(sae: SAE[Any], features: Sequence[int]) -> Float[Tensor, "features d_in"]:
     """What one unit of each feature adds to the reconstruction, before the SAE undoes its input normalisation."""
     plain = inference_sae(sae)
-    directions: Tensor = plain.W_dec[torch.as_tensor(features, dtype=torch.long, device=plain.W_dec.device)]
+    directions: Tensor = plain.W_dec
+    if features != range(sae.cfg.d_sae):  # all of a wide SAE's are gigabytes to copy
+        directions = directions[torch.as_tensor(features, dtype=torch.long, device=directions.device)]
     if getattr(plain.cfg, "rescale_acts_by_decoder_norm", False):
         directions = directions / directions.norm(dim=-1, keepdim=True)
     return directions

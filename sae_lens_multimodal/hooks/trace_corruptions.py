@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast, final
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from PIL import Image
@@ -289,10 +290,8 @@ def _whole_box(box: Corners, picture: Image.Image) -> tuple[int, int, int, int]:
 
 def _mean_outside(picture: Image.Image, box: tuple[int, int, int, int]) -> tuple[int, int, int]:
     """The mean colour of everything but a box."""
-    from numpy import asarray, ones
-
-    values = asarray(picture.convert("RGB"), dtype=float)
-    outside = ones(values.shape[:2], dtype=bool)
+    values = np.asarray(picture.convert("RGB"), dtype=float)
+    outside = np.ones(values.shape[:2], dtype=bool)
     outside[box[1] : box[3], box[0] : box[2]] = False
     mean = values[outside].mean(0) if outside.any() else values.reshape(-1, 3).mean(0)
     red, green, blue = (round(float(one)) for one in mean)

@@ -234,7 +234,10 @@ class BlockRunner:
 
     def _can_cut(self, recording: Recording) -> bool:
         """Whether what comes before a position does not depend on it, and the call is of a known form."""
-        known = all(CACHE in call.kwargs and call.kwargs[CACHE] is None for call in recording.calls)
+        text = getattr(self.root.config, "text_config", self.root.config)
+        # other layers keep a state in place of keys and values
+        plain = all("linear" not in kind and "conv" not in kind for kind in getattr(text, "layer_types", None) or ())
+        known = plain and all(CACHE in call.kwargs and call.kwargs[CACHE] is None for call in recording.calls)
         length = recording.calls[0].hidden.shape[1]
         masks = [call.kwargs.get("attention_mask") for call in recording.calls]
         causal = all(is_causal(mask, length, self.implementation) for mask in masks)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from scipy.optimize import linear_sum_assignment
+from scipy.optimize import linear_sum_assignment  # type: ignore[import-untyped]
 
 from sae_lens_multimodal.features.precision import Firings, above_chance, concept_precisions, prevalence_of
 from sae_lens_multimodal.scenes.concepts import CONCEPTS, Concept

@@ -167,6 +167,7 @@ def test_mistakes_are_told(
 
 def test_padding_changes_no_tokens_vector(encoder_folder: Path) -> None:
     encoder = TokenEncoder.load(encoder_folder)
+    encoder.tokenizer.padding_side = "left"
     (alone,) = encoder.tokens(["red circle"])
     beside = encoder.tokens(["red circle", "a blue square and a star"])
     assert torch.allclose(beside[0], alone, atol=1e-5)

@@ -15,6 +15,7 @@ from sae_lens.util import get_special_token_ids
 from sae_lens_multimodal.adapters.batch import EncodedBatch
 from sae_lens_multimodal.adapters.model import VisionLanguageModel
 from sae_lens_multimodal.errors import SAEMismatchError, SelectionError
+from sae_lens_multimodal.hooks import run_with_saes as run_with_saes_module
 from sae_lens_multimodal.hooks.run_with_saes import reset_saes, run_with_cache_with_saes, run_with_saes, saes
 from tests.hooks.hook_samples import HOOK, MODULE, build_sae
 
@@ -144,3 +145,17 @@ def test_an_error_leaves_nothing_behind(model: VisionLanguageModel, sae: SAE[Any
         run_with_saes(model, **batch, saes=[sae, build_sae(d_in=32, metadata={"hook_name": HOOK})])
     assert not model._edits
     assert sae.use_error_term is False
+
+
+def test_many_tokens_go_through_the_sae_in_parts(
+    model: VisionLanguageModel, sae: SAE[Any], batch: EncodedBatch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run_with_saes(model, **batch, saes=sae)
+    most: list[int] = []
+    forward = type(sae).encode
+    monkeypatch.setattr(type(sae), "encode", lambda self, x: most.append(x.shape[:-1].numel()) or forward(self, x))
+    monkeypatch.setattr(run_with_saes_module, "CHUNK_TOKENS", 50)
+    parts = run_with_saes(model, **batch, saes=sae)
+    assert max(most) == 50
+    assert sum(most) == batch["input_ids"].numel()
+    torch.testing.assert_close(parts, whole)
