@@ -156,3 +156,11 @@ def qwen3_5_moe() -> type[Family]:
     from sae_lens_multimodal.adapters.qwen3_5_moe import Qwen35Moe
 
     return Qwen35Moe
+
+
+@family("aya_vision")
+def aya_vision() -> type[Family]:
+    """Aya Vision."""
+    from sae_lens_multimodal.adapters.aya_vision import AyaVision
+
+    return AyaVision

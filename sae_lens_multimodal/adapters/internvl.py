@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import lru_cache
 from typing import Any, ClassVar, final
 
 from transformers import (
@@ -13,10 +12,9 @@ from transformers import (
     InternVLForConditionalGeneration,
     InternVLProcessor,
 )
-from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
 
+from sae_lens_multimodal.adapters.canvas_tiles import canvas_tokens
 from sae_lens_multimodal.adapters.family import Family, ImageTokens, Released
-from sae_lens_multimodal.adapters.grid import height_width
 from sae_lens_multimodal.adapters.hook_points import HookPoint, Part, block_parts
 from sae_lens_multimodal.adapters.modules import (
     LANGUAGE,
@@ -39,8 +37,7 @@ from sae_lens_multimodal.adapters.random_models import (
     tiny_tower,
     word_tokenizer,
 )
-from sae_lens_multimodal.adapters.tiles import Tile
-from sae_lens_multimodal.errors import LayoutError, UnsupportedModelError
+from sae_lens_multimodal.errors import UnsupportedModelError
 from sae_lens_multimodal.types import Modality
 
 
@@ -114,24 +111,16 @@ class InternVl(Family):
         Raises:
             LayoutError: the processor's tiles are not those that the vision tower expects.
         """
-        images, vision = self.processor.image_processor, self.config.vision_config
-        tile = height_width(images.size)
-        if tile != tuple(vision.image_size) or tile[0] != tile[1]:
-            raise LayoutError(
-                f"the image processor makes tiles of {tile[0]} x {tile[1]} pixels, the vision tower expects "
-                f"{vision.image_size[0]} x {vision.image_size[1]}, both square; load them from one checkpoint."
-            )
-        patches, merge = tile[0] // int(vision.patch_size[0]), self._merge()
-        if patches % merge or (patches // merge) ** 2 != int(self.processor.image_seq_length):
-            raise LayoutError(
-                f"tiles of {tile[0]} pixels make {patches} x {patches} patches in blocks of {merge}, but the processor "
-                f"writes {self.processor.image_seq_length} tokens for each; load them from one checkpoint."
-            )
-        # the processor's own settings win over those of its image part
-        split = bool({"crop_to_patches": images.crop_to_patches, **self.processor.images_kwargs}["crop_to_patches"])
-        limits = (int(images.min_patches), int(images.max_patches)) if split and images.max_patches > 1 else None
-        block = int(vision.patch_size[0]) * merge
-        return _image_tokens(width, height, limits, Tile(tile[0], patches // merge, block))
+        vision = self.config.vision_config
+        return canvas_tokens(
+            self.processor,
+            width,
+            height,
+            side=(int(vision.image_size[0]), int(vision.image_size[1])),
+            patch=int(vision.patch_size[0]),
+            merge=self._merge(),
+            written=int(self.processor.image_seq_length),
+        )
 
     def _merge(self) -> int:
         """Patches along one side of the block that a token stands for."""
@@ -190,12 +179,3 @@ def _vision_parts(vision: Any) -> tuple[Part, ...]:  # noqa: ANN401 - a transfor
         else:
             parts.append(part)
     return tuple(parts)
-
-
-@lru_cache(maxsize=256)
-def _image_tokens(width: int, height: int, limits: tuple[int, int] | None, tile: Tile) -> ImageTokens:
-    """Tokens of a picture that is cut into as many tiles as the limits allow."""
-    if limits is None:
-        return tile.of_picture(width, height, 1, 1)
-    columns, rows = get_optimal_tiled_canvas((height, width), (tile.size, tile.size), *limits)
-    return tile.of_picture(width, height, rows, columns)

@@ -98,19 +98,21 @@ class TokenLayout:
         """Return the positions whose patch lies at least `min_overlap` (share of its own area) within `box`.
 
         Raises:
-            SelectionError: the box is empty, the row has no such picture, or it is not known where its tokens lie.
+            SelectionError: the box is empty, the row has no such picture, or it is not known where its tokens lie and
+                the box does not hold all of it.
         """
         x0, y0, x1, y1 = (float(value) for value in box)
         if not (x1 > x0 and y1 > y0):
             raise SelectionError(f"got the box {tuple(box)}; expected x0 < x1 and y0 < y1, in pixels.")
         row = self._check_row(row)
-        self._check_image(row, image)
-        boxes = self.boxes[row].double()
-        if bool((boxes.isnan().any(-1) & self.is_image[row] & self._of_image(row, image)).any()):
+        full = self._check_image(row, image)
+        unknown = self.is_image[row] & self._of_image(row, image) & self.boxes[row].isnan().any(-1)
+        if bool(unknown.any()) and not (x0 <= 0 and y0 <= 0 and x1 >= full[0] and y1 >= full[1]):
             raise SelectionError(
                 f"it is not known where the tokens of picture {image} lie: {self._why(row, image)}; choose them "
                 "without a box, such as tokens='image'."
             )
+        boxes = self.row(row).places[0].double()
         width = (boxes[:, 2].clamp(max=x1) - boxes[:, 0].clamp(min=x0)).clamp(min=0)
         height = (boxes[:, 3].clamp(max=y1) - boxes[:, 1].clamp(min=y0)).clamp(min=0)
         area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])

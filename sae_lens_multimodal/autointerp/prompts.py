@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
+from sae_lens_multimodal.autointerp import schemas
 from sae_lens_multimodal.autointerp.judges.base import JudgeRequest, Part
 from sae_lens_multimodal.autointerp.styles import RegionStyle, View
 from sae_lens_multimodal.errors import ConfigError
@@ -224,7 +225,7 @@ class GeneralPrompts(PromptBook):
         """Show the regions numbered, first the active, then the silent ones."""
         parts = self._regions(active, silent)
         parts.append(f"What do the regions on which it fires share, and the silent ones lack? {_MEANING}")
-        return self._request(parts, self.meaning_tokens)
+        return self._request(parts, self.meaning_tokens, schemas.MEANING)
 
     def _regions(self, active: Sequence[Sequence[Image.Image]], silent: Sequence[Image.Image]) -> list[Part]:
         parts: list[Part] = [
@@ -243,7 +244,7 @@ class GeneralPrompts(PromptBook):
         parts = self._regions(active, silent)
         asked = "What do the regions on which it fires share, and the silent ones lack, though they look alike?"
         parts.append(f"{asked} {_PROPOSALS.format(n=n_candidates)}")
-        return self._request(parts, self.meaning_tokens * n_candidates)
+        return self._request(parts, self.meaning_tokens * n_candidates, schemas.PROPOSALS)
 
     def explain_lit(self, pictures: Sequence[Image.Image]) -> JudgeRequest:
         """Show whole pictures, lit where the unit fires, as the published procedure does (arXiv 2411.14982)."""
@@ -253,20 +254,20 @@ class GeneralPrompts(PromptBook):
         for number, picture in enumerate(pictures, start=1):
             parts += [f"Picture {number}:", picture]
         parts.append(f"What do the lit parts share? {_MEANING}")
-        return self._request(parts, self.meaning_tokens)
+        return self._request(parts, self.meaning_tokens, schemas.MEANING)
 
     def explain_texts(self, active: Sequence[str], silent: Sequence[str]) -> JudgeRequest:
         """Show the texts numbered, first the active, then the silent ones."""
         parts = self._texts(active, silent)
         parts.append(f"What do the marked words, or the places where they stand, share? {_MEANING}")
-        return self._request(parts, self.meaning_tokens)
+        return self._request(parts, self.meaning_tokens, schemas.MEANING)
 
     def propose_texts(self, active: Sequence[str], silent: Sequence[str], n_candidates: int) -> JudgeRequest:
         """Show the texts as `explain_texts` does, and ask for several explanations."""
         parts = self._texts(active, silent)
         asked = "What do the marked words, or the places where they stand, share, and all other words lack?"
         parts.append(f"{asked} {_PROPOSALS.format(n=n_candidates)}")
-        return self._request(parts, self.meaning_tokens * n_candidates)
+        return self._request(parts, self.meaning_tokens * n_candidates, schemas.PROPOSALS)
 
     def _texts(self, active: Sequence[str], silent: Sequence[str]) -> list[Part]:
         before, after = self.marks
@@ -306,14 +307,14 @@ class GeneralPrompts(PromptBook):
         question = (
             f"Description: {explanation}\nIs there anything in the picture that fits the description? {self._verdict}"
         )
-        return self._request([picture, question], self.verdict_tokens)
+        return self._request([picture, question], self.verdict_tokens, schemas.VERDICT)
 
     def detect_text(self, explanation: str, text: str) -> JudgeRequest:
         """Ask about one text."""
         question = (
             f"Description: {explanation}\nIs there anything in the text that fits the description? {self._verdict}"
         )
-        return self._request([f"Text: {text}", question], self.verdict_tokens)
+        return self._request([f"Text: {text}", question], self.verdict_tokens, schemas.VERDICT)
 
     def fuzz_image(self, explanation: str, views: Sequence[Image.Image]) -> JudgeRequest:
         """Ask about one region."""
@@ -321,7 +322,7 @@ class GeneralPrompts(PromptBook):
             f"This is a region of a picture{_explained(self.fuzz_style.view)}. Description: {explanation}\n"
             f"Does the region show what the description says? {self._verdict}"
         )
-        return self._request([*views, question], self.verdict_tokens)
+        return self._request([*views, question], self.verdict_tokens, schemas.VERDICT)
 
     def fuzz_text(self, explanation: str, text: str) -> JudgeRequest:
         """Ask about the marked words of one text."""
@@ -330,7 +331,7 @@ class GeneralPrompts(PromptBook):
             f"Description: {explanation}\nDo the words between {before} and {after} fit the description, rather than "
             f"other words of the text? {self._verdict}"
         )
-        return self._request([f"Text: {text}", question], self.verdict_tokens)
+        return self._request([f"Text: {text}", question], self.verdict_tokens, schemas.VERDICT)
 
     def read_verdict(self, reply: str) -> bool | None:
         """Read the JSON object, or a bare yes or no."""
@@ -350,7 +351,7 @@ class GeneralPrompts(PromptBook):
             'Which one does not belong? Answer with one JSON object and nothing else: {"intruder": the number of the '
             "region}."
         )
-        return self._request(parts, self.verdict_tokens)
+        return self._request(parts, self.verdict_tokens, schemas.INTRUDER)
 
     def read_intruder(self, reply: str, count: int) -> int | None:
         """Read the JSON object, or a bare number; it must be that of a region shown."""
@@ -368,7 +369,7 @@ class GeneralPrompts(PromptBook):
             "does each cell fit the description, from 0 (not at all) to 9 (fully)? Answer with one JSON object and "
             f'nothing else: {{"grid": {rows} lists of {columns} whole numbers, from the top row down}}.'
         )
-        return self._request([picture, question], self.verdict_tokens + 4 * rows * columns)
+        return self._request([picture, question], self.verdict_tokens + 4 * rows * columns, schemas.GRID)
 
     def read_grid(self, reply: str, rows: int, columns: int) -> list[list[float]] | None:
         """Read the JSON object; a grid of another size or with other numbers is none."""
@@ -383,8 +384,10 @@ class GeneralPrompts(PromptBook):
                 return None
         return [[float(cell) for cell in row] for row in grid]
 
-    def _request(self, parts: Sequence[Part], max_new_tokens: int) -> JudgeRequest:
-        return JudgeRequest(parts=tuple(parts), max_new_tokens=max_new_tokens, prompt_version=self.version)
+    def _request(self, parts: Sequence[Part], max_new_tokens: int, schema: str) -> JudgeRequest:
+        return JudgeRequest(
+            parts=tuple(parts), max_new_tokens=max_new_tokens, schema=schema, prompt_version=self.version
+        )
 
 
 def _meaning_of(entry: object) -> Meaning | None:

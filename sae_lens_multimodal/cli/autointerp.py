@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from sae_lens_multimodal.autointerp.judges.base import Judge
     from sae_lens_multimodal.autointerp.procedures import Procedure
     from sae_lens_multimodal.autointerp.prompts import PromptBook
+    from sae_lens_multimodal.features.store import FeatureStore
 
 EXPLANATIONS_FOLDER = "explanations"
 SCORES_FOLDER = "scores"
@@ -31,7 +32,7 @@ def explain(options: Namespace) -> None:
 
     store = FeatureStore.open(options.store)
     output = options.output or options.store / EXPLANATIONS_FOLDER
-    procedure = _procedure(options, store.d_sae)
+    procedure = _procedure(options, store)
     arguments: dict[str, Any] = {
         "features": parse_features(options.features),
         "prompts": _prompts(options),
@@ -93,7 +94,7 @@ def calibrate(options: Namespace) -> None:
         write_json(options.output / "calibration.json", found.to_json())
 
 
-def _procedure(options: Namespace, d_sae: int) -> Procedure | None:
+def _procedure(options: Namespace, store: FeatureStore) -> Procedure | None:
     from sae_lens_multimodal.autointerp.contrastive import Contrastive
     from sae_lens_multimodal.autointerp.negatives import decoder_neighbours
     from sae_lens_multimodal.autointerp.procedures import Published
@@ -105,10 +106,10 @@ def _procedure(options: Namespace, d_sae: int) -> Procedure | None:
     if options.procedure == "published":
         return Published()
     if options.sae is None:
-        return Contrastive()
+        return Contrastive(neighbours={} if store.descriptions is None else store.descriptions.neighbours())
     from sae_lens import SAE
 
-    return Contrastive(neighbours=decoder_neighbours(SAE.load_from_disk(options.sae), range(d_sae)))
+    return Contrastive(neighbours=decoder_neighbours(SAE.load_from_disk(options.sae), range(store.d_sae)))
 
 
 def _judge(options: Namespace, answers: Path | None) -> Judge:
@@ -118,15 +119,26 @@ def _judge(options: Namespace, answers: Path | None) -> Judge:
         BudgetJudge,
         CachedJudge,
         OpenAIJudge,
+        Prices,
         TransformersJudge,
     )
 
     if options.base_url is not None:
-        judge: Judge = OpenAIJudge(options.judge, base_url=options.base_url, api_key_variable=options.api_key_env)
+        judge: Judge = OpenAIJudge(
+            options.judge,
+            base_url=options.base_url,
+            api_key_variable=options.api_key_env,
+            structured=options.structured,
+        )
     else:
         judge = TransformersJudge(options.judge, device=options.device)
-    if options.max_calls is not None or options.max_tokens is not None:
-        budget = Budget(max_calls=options.max_calls, max_tokens=options.max_tokens)
+    if any(limit is not None for limit in (options.max_calls, options.max_tokens, options.max_money)):
+        budget = Budget(
+            max_calls=options.max_calls,
+            max_tokens=options.max_tokens,
+            max_money=options.max_money,
+            prices=Prices(input_per_million=options.price_in, output_per_million=options.price_out),
+        )
         judge = BudgetJudge(judge, budget, at_once=32)
     return judge if answers is None else CachedJudge(judge, answers)
 

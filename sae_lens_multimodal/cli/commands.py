@@ -152,6 +152,7 @@ def report(options: Namespace) -> None:
     from sae_lens_multimodal.autointerp.results import read_scores, read_verdicts
     from sae_lens_multimodal.features.store import FeatureStore
     from sae_lens_multimodal.report.build import build_report
+    from sae_lens_multimodal.report.calibrated import read_calibration
 
     explanations = options.explanations or options.store / EXPLANATIONS_FOLDER
     scores = options.scores or options.store / SCORES_FOLDER
@@ -161,6 +162,7 @@ def report(options: Namespace) -> None:
         explanations=read_explanations(explanations) if explanations.exists() else None,
         scores=read_scores(scores) if scores.is_dir() else None,
         verdicts=read_verdicts(scores) if scores.is_dir() else None,
+        calibrations=[read_calibration(path) for path in options.calibration],
         title=options.title or options.store.name,
     )
     _print(str(index))

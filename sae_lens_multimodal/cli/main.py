@@ -140,7 +140,11 @@ def _add_explain(commands: Commands[argparse.ArgumentParser]) -> None:
         default="general",
         help="one question; several candidates, tried on examples of their own; or as arXiv 2411.14982 does",
     )
-    explain.add_argument("--sae", type=Path, help="with contrastive: the SAE, to find the neighbours of each feature")
+    explain.add_argument(
+        "--sae",
+        type=Path,
+        help="with contrastive: the SAE, for each feature's neighbours (else those that harvest --describe found)",
+    )
     explain.add_argument("--seed", type=int, default=0)
 
 
@@ -175,6 +179,13 @@ def _add_report(commands: Commands[argparse.ArgumentParser]) -> None:
     report.add_argument("--output", type=Path, required=True, help="folder of the report")
     report.add_argument("--explanations", type=Path, help="folder or file of explanations (default: the store's own)")
     report.add_argument("--scores", type=Path, help="folder of scores (default: the store's own)")
+    report.add_argument(
+        "--calibration",
+        type=Path,
+        action="append",
+        default=[],
+        help="what calibrate wrote; the report begins with it (repeat for several judges)",
+    )
     report.add_argument("--title", help="title of the report")
 
 
@@ -247,6 +258,12 @@ def _add_judge(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--max-calls", type=int, help="stop after so many calls; run again to go on")
     parser.add_argument("--max-tokens", type=int, help="stop after so many tokens, read and written")
+    parser.add_argument("--max-money", type=float, help="stop after so much money, by the two prices below")
+    parser.add_argument("--price-in", type=float, default=0.0, metavar="P", help="of a million tokens that it reads")
+    parser.add_argument("--price-out", type=float, default=0.0, metavar="P", help="of a million tokens that it writes")
+    parser.add_argument(
+        "--structured", action="store_true", help="have the server hold replies to a JSON schema, where it can"
+    )
     parser.add_argument("--dry-run", action="store_true", help="only say what would be asked, and what it would cost")
     parser.add_argument("--tokens-per-picture", type=int, default=1000, help="for --dry-run (default: %(default)s)")
 

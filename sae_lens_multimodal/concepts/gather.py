@@ -254,7 +254,8 @@ class _Gathering:
             except PromptError as error:
                 self._writer.report.skip("word cannot be placed", prompt.row, str(error))
         if not found:
-            return StateShard(values[0, :0].cpu(), *(torch.zeros(0, dtype=torch.int64),) * 2, _pairs([]), captions=[])
+            nothing = torch.zeros(0, dtype=torch.int64)
+            return StateShard(values[0, :0].cpu(), nothing, nothing, _pairs([]), captions=[])
         return StateShard.joined(found)
 
     def _of_prompt(self, prompt: Prompt, values: Float[Tensor, "seq d"], spans: Sequence[Span]) -> list[StateShard]:

@@ -76,8 +76,8 @@ class StateShard:
         """
         try:
             with safe_open(path, framework="pt") as file:
-                tensors = [file.get_tensor(name) for name in ("states", "row", "position", "word")]
-                return cls(*tensors, captions=json.loads(file.metadata()["captions"]))
+                states, row, position, word = map(file.get_tensor, ("states", "row", "position", "word"))
+                return cls(states, row, position, word, json.loads(file.metadata()["captions"]))
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise StoreError(f"{path} cannot be read ({error}); gather the states again.") from error
 

@@ -38,7 +38,7 @@ class GroupResult:
     measure: Measure
     name: str
     before: Rate
-    """Prompts answered with the target (of specificity: not yet asked anything of, so all) by the model as it was."""
+    """Prompts answered with the target (of specificity, all) by the model as it was."""
     after: Rate
     """The same of the edited model; of specificity, prompts that are answered as before."""
     answers: tuple[tuple[str, str, str], ...] = field(repr=False)
@@ -106,10 +106,38 @@ def plain_answer(text: str) -> str:
     return " ".join(text.lower().split()).removesuffix(".").rstrip()
 
 
+@dataclass(frozen=True)
+class AskedCases:
+    """Prompts that the model as it was has been asked, so that several edits can be measured by them."""
+
+    groups: tuple[tuple[Measure, str, Questions], ...]
+    before: tuple[tuple[str, ...], ...]
+    """The answers of each group."""
+
+
+def ask_cases(
+    model: VisionLanguageModel, cases: EditCases, *, max_new_tokens: int = 16, batch_size: int = 16
+) -> AskedCases:
+    """Encode all prompts and ask them of the model without an edit; see `measure_edit`."""
+    if not cases.efficacy:
+        raise EditError("Got no prompts for efficacy; expected those that the edit was made with.")
+    by_measure: list[tuple[Measure, Mapping[str, Sequence[Conversation]]]] = [
+        ("efficacy", {"the prompts of the edit": cases.efficacy}),
+        ("generalisation", cases.generalisation),
+        ("specificity", cases.specificity),
+    ]
+    groups = tuple(
+        (measure, name, Questions(model, [Example(conversation=one) for one in prompts], batch_size=batch_size))
+        for measure, some in by_measure
+        for name, prompts in some.items()
+    )
+    return AskedCases(groups, tuple(tuple(questions.answers(model, max_new_tokens)) for _, _, questions in groups))
+
+
 def measure_edit(
     model: VisionLanguageModel,
     edit: Edit,
-    cases: EditCases,
+    cases: EditCases | AskedCases,
     *,
     match: Callable[[str, str], bool] | None = None,
     max_new_tokens: int = 16,
@@ -120,7 +148,7 @@ def measure_edit(
     Args:
         model: The model without the edit.
         edit: The edit.
-        cases: The prompts.
+        cases: The prompts; or what `ask_cases` made of them.
         match: Whether an answer is the target; by default whole answers are compared, by `plain_answer`.
         max_new_tokens: Of an answer at most.
         batch_size: Prompts in a forward pass.
@@ -128,25 +156,15 @@ def measure_edit(
     Raises:
         EditError: there is no prompt for efficacy, or the edit does not fit the model.
     """
-    if not cases.efficacy:
-        raise EditError("Got no prompts for efficacy; expected those that the edit was made with.")
-    asked: list[tuple[Measure, str, Questions]] = []
-    by_measure: list[tuple[Measure, Mapping[str, Sequence[Conversation]]]] = [
-        ("efficacy", {"the prompts of the edit": cases.efficacy}),
-        ("generalisation", cases.generalisation),
-        ("specificity", cases.specificity),
-    ]
-    for measure, groups in by_measure:
-        for name, prompts in groups.items():
-            questions = Questions(model, [Example(conversation=one) for one in prompts], batch_size=batch_size)
-            asked.append((measure, name, questions))
-    before = [questions.answers(model, max_new_tokens) for _, _, questions in asked]
+    asked = cases
+    if isinstance(asked, EditCases):
+        asked = ask_cases(model, asked, max_new_tokens=max_new_tokens, batch_size=batch_size)
     with edit.on(model):
-        after = [questions.answers(model, max_new_tokens) for _, _, questions in asked]
+        after = [questions.answers(model, max_new_tokens) for _, _, questions in asked.groups]
     is_target = match or (lambda answer, wanted: plain_answer(answer) == plain_answer(wanted))
     results = tuple(
         _result(measure, name, questions.prompts(), one, other, edit.target, is_target)
-        for (measure, name, questions), one, other in zip(asked, before, after, strict=True)
+        for (measure, name, questions), one, other in zip(asked.groups, asked.before, after, strict=True)
     )
     return EditReport(target=edit.target, groups=results)
 

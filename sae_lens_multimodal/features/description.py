@@ -88,6 +88,11 @@ class Descriptions:
         """Whether the features of a store were described."""
         return (paths.described / MANIFEST_NAME).is_file()
 
+    def neighbours(self) -> dict[int, list[int]]:
+        """Of every described feature those of nearest decoder direction, nearest first."""
+        features, near = (self._table.column(name).to_pylist() for name in ("feature", "neighbours"))
+        return dict(zip(features, near, strict=True))
+
     def _of(self, feature: int) -> FeatureDescription | None:
         rows = self._table.rows(feature).to_pylist()
         return _description(rows[0], self.settings["random_crops"]) if rows else None

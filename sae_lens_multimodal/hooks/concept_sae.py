@@ -10,9 +10,9 @@ from jaxtyping import Float
 from sae_lens import SAE, SAEConfig, register_sae_class
 from sae_lens.registry import SAE_CLASS_REGISTRY
 from torch import Tensor
-from typing_extensions import override
 
 ARCHITECTURE = "concept_dictionary"
+_CHUNK_TOKENS = 4096
 
 Encoder: TypeAlias = Literal["lasso", "nearest"]
 """`lasso`: argmin of ½‖x - vU‖² + l1 Σv over v ≥ 0. `nearest`: of the nearest concept its share of x, of others 0."""
@@ -108,7 +108,6 @@ class ConceptDictionarySAEConfig(SAEConfig):
     n_sweeps: int = 200
     """Sweeps of the lasso's coordinate descent, at most."""
 
-    @override
     @classmethod
     def architecture(cls) -> str:
         """Give the name by which SAE-Lens loads it."""
@@ -120,22 +119,23 @@ class ConceptDictionarySAE(SAE[ConceptDictionarySAEConfig]):
 
     # As in SAE-Lens's own tied SAE (matching pursuit), which cannot have the base class's parameter either.
     @property
-    def W_enc(self) -> Tensor:  # type: ignore[override]
+    def W_enc(self) -> Tensor:
         """The concepts, transposed."""
         return self.W_dec.T
 
-    @override
-    def __setattr__(self, name: str, value: Any) -> None:
+    def __setattr__(self, name: str, value: Any) -> None:  # noqa: ANN401 - whatever a module holds
         if name != "W_enc":
             super().__setattr__(name, value)
 
-    @override
     def encode(self, x: Tensor) -> Tensor:
         """Encode activations; gradients flow to them, as the optimum moves with them."""
         sae_in = self.process_sae_in(x)
         concepts = self.W_dec.to(precise_dtype(self.W_dec.device))
         gram = concepts @ concepts.T
-        scores = self.hook_sae_acts_pre(sae_in.to(concepts.dtype) @ concepts.T)
+        # A few at a time: in this precision a batch of activations would be the largest thing in memory.
+        parts = sae_in.reshape(-1, sae_in.shape[-1]).split(_CHUNK_TOKENS)
+        scores = torch.cat([part.to(concepts.dtype) @ concepts.T for part in parts])
+        scores = self.hook_sae_acts_pre(scores.reshape(*sae_in.shape[:-1], len(concepts)))
         flat = scores.reshape(-1, scores.shape[-1])
         if self.cfg.encoder == "nearest":
             codes = nearest_codes(flat, gram)
@@ -146,24 +146,20 @@ class ConceptDictionarySAE(SAE[ConceptDictionarySAEConfig]):
         encoded: Tensor = self.hook_sae_acts_post(codes.reshape(scores.shape).to(sae_in.dtype))
         return encoded
 
-    @override
     def decode(self, feature_acts: Tensor) -> Tensor:
         """Add up the concepts."""
         rebuilt = self.hook_sae_recons(feature_acts @ self.W_dec + self.b_dec)
         out: Tensor = self.reshape_fn_out(self.run_time_activation_norm_fn_out(rebuilt), self.d_head)
         return out
 
-    @override
     def fold_W_dec_norm(self) -> None:
         """Refuse: the weight of the codes' sum means something only for the concepts as they are."""
         raise NotImplementedError("The concepts' norms cannot be folded: encoder and decoder are one.")
 
-    @override
     def fold_activation_norm_scaling_factor(self, scaling_factor: float) -> None:
         """Refuse, for the same reason."""
         raise NotImplementedError("A scaling factor cannot be folded: encoder and decoder are one.")
 
-    @override
     def fold_activation_whitening(self, mean: Tensor, whitening_matrix: Tensor, unwhitening_matrix: Tensor) -> None:
         """Refuse, for the same reason."""
         raise NotImplementedError("Whitening cannot be folded: encoder and decoder are one.")

@@ -12,17 +12,15 @@ from sae_lens import SAE
 from torch import Tensor
 from tqdm import tqdm
 
-from sae_lens_multimodal.adapters.batch import EncodedBatch
-from sae_lens_multimodal.adapters.layout import TokenLayout
 from sae_lens_multimodal.adapters.model import VisionLanguageModel
 from sae_lens_multimodal.errors import ConfigError, FeatureError
 from sae_lens_multimodal.hooks.changes import Add, Change, Scale, Set
 from sae_lens_multimodal.hooks.dose_curve import DoseCurve, DosePoint
-from sae_lens_multimodal.hooks.metrics import append_tokens, can_shorten_logits, target_ids
+from sae_lens_multimodal.hooks.dose_runner import DoseRunner
+from sae_lens_multimodal.hooks.metrics import target_ids
 from sae_lens_multimodal.hooks.read import read_activations
 from sae_lens_multimodal.hooks.saes import check_features, check_sae, encode_tokens
-from sae_lens_multimodal.hooks.selection import ForwardPass, Steps, Tokens, TokenSelection
-from sae_lens_multimodal.hooks.steer import steer
+from sae_lens_multimodal.hooks.selection import Steps, Tokens
 from sae_lens_multimodal.hooks.steering import ErrorTerm, Source
 from sae_lens_multimodal.hooks.vectors import SteeringVector
 from sae_lens_multimodal.types import Conversation
@@ -73,7 +71,8 @@ def dose_response(
 ) -> DoseCurve:
     """Measure how likely an answer becomes, and what else changes, as a feature is steered ever more strongly.
 
-    Each prompt is run once, as a batch in which every row is steered with another strength and one is left alone.
+    Each prompt is run once up to the hook, and from there as a batch in which every row is steered with another
+    strength and one is left alone.
 
     Args:
         model: The model.
@@ -120,7 +119,8 @@ def dose_response(
     settings = {"tokens": tokens, "steps": steps, "hook_name": hook_name, "error": error}
     size_of_part = batch_size or len(rows)
     runners = [
-        _Runner(model, sae, rows[start : start + size_of_part], settings) for start in range(0, len(rows), size_of_part)
+        DoseRunner(model, sae, rows[start : start + size_of_part], settings)
+        for start in range(0, len(rows), size_of_part)
     ]
     bar = tqdm(total=len(runners) * (len(asked) + len(guard)), desc="dose", unit="pass", disable=not progress)
     with bar:
@@ -167,56 +167,6 @@ def activation_unit(
         firing.append(encoded[encoded > 0])
     every = torch.cat(firing) if firing else torch.zeros(0)
     return float(torch.quantile(every, quantile)) if len(every) else 0.0
-
-
-class _Runner:
-    """Runs a prompt as a batch whose rows are steered differently."""
-
-    def __init__(self, model: VisionLanguageModel, sae: Source, rows: Any, settings: Mapping[str, Any]) -> None:  # noqa: ANN401
-        self.model, self.sae, self.rows, self.settings = model, sae, rows, settings
-        self.selection = TokenSelection.check(settings["tokens"], settings["steps"], model.family)
-        self._short = can_shorten_logits(model)
-        # Made before anything runs, so that whatever is wrong is said at once.
-        self.everywhere = steer(model, sae, rows, if_empty="ignore", **settings)
-
-    def logits(
-        self, prompt: Conversation, ids: Sequence[int], bar: tqdm[Any]
-    ) -> Float[Tensor, "rows predicted vocabulary"]:
-        """Return the logits that predict each token of the answer (one, if there is no answer), by row."""
-        batch = self.model.encode([prompt], add_generation_prompt=True)
-        length = batch.layout.n_tokens
-        whole = append_tokens(self.model, batch, ids[:-1]) if len(ids) > 1 else batch
-        n_predicted = max(len(ids), 1)
-        steered = self._at(whole, length) if len(ids) > 1 else self.everywhere
-        if steered is None:
-            steered, inputs = self.model, dict(whole)
-        else:
-            inputs = repeated(self.model, whole, len(self.rows))
-        kept = {"logits_to_keep": n_predicted} if self._short else {}
-        logits: Tensor = steered.trace(**inputs, **kept, trace=False).logits[:, -n_predicted:]
-        bar.update(1)
-        return logits.float().cpu().expand(len(self.rows), -1, -1)
-
-    def _at(self, whole: EncodedBatch, length: int) -> VisionLanguageModel | None:
-        """Steer the positions that would be steered if the answer were generated; None where there are none."""
-        layout: TokenLayout = whole.layout
-        sizes = [size for row in layout.image_sizes for size in row]
-        forward = ForwardPass(
-            dict(whole), layout.n_tokens - length, sizes, n_prompts=whole.n_rows, prompt_tokens=length
-        )
-        mask = self.selection.mask(forward)
-        if mask is None or not bool(mask.any()):
-            return None
-        settings = {**self.settings, "tokens": mask[0].cpu(), "steps": "prefill"}
-        return steer(self.model, self.sae, self.rows, **settings)
-
-
-def repeated(model: VisionLanguageModel, batch: EncodedBatch, times: int) -> dict[str, Tensor]:
-    """Return the model's inputs for one prompt, as a batch that holds it several times."""
-    keys = [key for key in model.family.media_keys if key in batch]
-    media = model.family.merge_media([{key: batch[key] for key in keys}] * times) if keys else {}
-    rows = {name: value.repeat(times, *[1] * (value.dim() - 1)) for name, value in batch.items() if name not in keys}
-    return {**rows, **media}
 
 
 def kl_divergence(before: Float[Tensor, "*n vocabulary"], after: Float[Tensor, "*n vocabulary"]) -> Float[Tensor, "*n"]:

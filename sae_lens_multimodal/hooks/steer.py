@@ -96,7 +96,7 @@ def steer(
         raise ConfigError(f"Got error={error!r}; expected 'keep' or 'drop'.")
     if if_empty not in get_args(IfEmpty):
         raise ConfigError(f"Got if_empty={if_empty!r}; expected 'raise' or 'ignore'.")
-    parts = [_part(model, source, own, hook, error) for source, own, hook in _matched(sae, changes, hook_name)]
+    parts = [steering_part(model, source, own, hook, error) for source, own, hook in _matched(sae, changes, hook_name)]
     order = model.hooks.names()
     parts.sort(key=lambda part: order.index(part.hook.name) if part.hook.name in order else len(order))
     selection = TokenSelection.check(tokens, steps, model.family)
@@ -137,9 +137,10 @@ def _matched(
     return list(zip(sae, cast("list[Changes]", each), hooks, strict=True))
 
 
-def _part(
+def steering_part(
     model: VisionLanguageModel, source: Source, changes: Changes, hook_name: str | None, error: ErrorTerm
 ) -> Part:
+    """Check what is to be done at one hook with one SAE or vector; raises as `steer`."""
     if isinstance(source, SteeringVector):
         return _vector_part(model, source, changes, hook_name, error)
     if not isinstance(source, SAE):

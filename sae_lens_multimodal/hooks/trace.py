@@ -30,7 +30,8 @@ Prompt: TypeAlias = "EncodedBatch | Conversation"
 Positions: TypeAlias = "Tokens | Mapping[str, Tokens]"
 """Tokens that are restored one by one, or named groups that are restored as a whole."""
 
-TOKENS_PER_PASS = 8192
+TOKENS_PER_PASS = {"cpu": 1024, "other": 16384}
+"""Rows of a pass times their length: what keeps a processor's caches, or a graphics card, busy."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +82,7 @@ def causal_trace(
     window: int = 1,
     metric: MetricName = "probability",
     min_gap: float | None = 0.05,
-    tokens_per_pass: int = TOKENS_PER_PASS,
+    tokens_per_pass: int | None = None,
     progress: bool = False,
 ) -> CausalTrace:
     """Restore clean values in the corrupted run, cell by cell, and measure how much of the answer returns.
@@ -105,7 +106,7 @@ def causal_trace(
         window: How many layers are restored together, at the same positions.
         metric: What `restored` is a share of.
         min_gap: The least difference of clean and corrupted, in the metric, that is worth tracing; None for any.
-        tokens_per_pass: Rows of a pass times their length.
+        tokens_per_pass: Rows of a pass times their length; None for what suits the device.
         progress: Show a bar.
 
     Raises:
@@ -125,14 +126,14 @@ def causal_trace(
     units = units_of(model, plan, positions)
     shape = (len(restoring), len(numbers), len(units))
     values = {name: torch.full(shape, float("nan")) for name in before}
-    counts = [0, 0]
+    counts, tokens = [0, 0], tokens_per_pass or default_tokens(plan)
     cells = [(p, at) for p in range(len(restoring)) for at in range(len(numbers))]
     for p, at in tqdm(cells, desc="tracing", disable=not progress):
         inside = _window(numbers[at], window, model.n_layers)
         inside = [layer for layer in inside if restoring[p].hook(layer) is not None]
         if not inside:
             continue
-        found = _restore(plan, restoring[p], inside, units, after, tokens_per_pass, counts)
+        found = _restore(plan, restoring[p], inside, units, after, tokens, counts)
         for name, one in found.items():
             values[name][p, at] = one
     return CausalTrace(
@@ -153,6 +154,11 @@ def causal_trace(
         n_passes=counts[0],
         n_skipped=counts[1],
     )
+
+
+def default_tokens(plan: Plan) -> int:
+    """How much to do in a pass where nobody says."""
+    return TOKENS_PER_PASS["cpu" if plan.corrupted.logits.device.type == "cpu" else "other"]
 
 
 def prepare(
@@ -328,7 +334,7 @@ def _checked(
     window: int,
     metric: str,
     against: Target | None,
-    tokens_per_pass: int,
+    tokens_per_pass: int | None,
 ) -> list[int]:
     numbers = list(range(model.n_layers)) if layers is None else list(layers)
     if not parts or not numbers:
@@ -336,7 +342,7 @@ def _checked(
     wrong = [layer for layer in numbers if not 0 <= layer < model.n_layers]
     if wrong:
         raise ConfigError(f"Got layer {wrong[0]}; the model has the layers 0 to {model.n_layers - 1}.")
-    if window < 1 or tokens_per_pass < 1:
+    if window < 1 or (tokens_per_pass is not None and tokens_per_pass < 1):
         raise ConfigError(f"Got window={window} and tokens_per_pass={tokens_per_pass}; expected 1 or more.")
     if metric not in get_args(MetricName):
         raise ConfigError(f"Got metric={metric!r}; expected one of {', '.join(get_args(MetricName))}.")

@@ -16,11 +16,11 @@ from sae_lens_multimodal.errors import ConfigError, SAEMismatchError
 from sae_lens_multimodal.hooks.metrics import Target
 from sae_lens_multimodal.hooks.saes import check_sae, decoder_directions, encode_tokens, output_scale
 from sae_lens_multimodal.hooks.trace import (
-    TOKENS_PER_PASS,
     Plan,
     Positions,
     Prompt,
     causal_trace,
+    default_tokens,
     prepare,
 )
 from sae_lens_multimodal.hooks.trace_corruptions import Corruption
@@ -116,7 +116,7 @@ def trace_features(
     n_features: int = 5,
     explanations: Mapping[int, str] | None = None,
     seed: int = 0,
-    tokens_per_pass: int = TOKENS_PER_PASS,
+    tokens_per_pass: int | None = None,
     progress: bool = False,
 ) -> TraceStory:
     """Trace an answer, go to the hottest cell that an SAE reads, and find and confirm the features that carry it.
@@ -170,7 +170,7 @@ def trace_features(
     sae = places[cell.part, cell.layer]
     name = check_sae(model, sae)
     plan = prepare(model, clean, corrupted, answer=answer, against=against, hooks=[name], metric=metric)
-    site = _Site.of(plan, sae, name, trace.units[cell.unit].positions, tokens_per_pass)
+    site = _Site.of(plan, sae, name, trace.units[cell.unit].positions, tokens_per_pass or default_tokens(plan))
     return _told(trace, cell, site, n_features, explanations or {}, seed)
 
 

@@ -14,6 +14,7 @@ from sae_lens_multimodal.errors import FeatureError, StoreError
 from sae_lens_multimodal.files import MANIFEST_NAME, read_json, write_manifest, write_text
 from sae_lens_multimodal.report.assets import FOLDER as ASSETS_FOLDER
 from sae_lens_multimodal.report.assets import Assets
+from sae_lens_multimodal.report.calibrated import calibration_table
 from sae_lens_multimodal.report.gather import Findings, fact_views, feature_views, table_view
 from sae_lens_multimodal.report.judged import score_names
 from sae_lens_multimodal.report.render import STATIC_FILES, index_row, render_feature, render_index, static_text
@@ -42,6 +43,7 @@ def build_report(
     steering: Mapping[int, Sequence[SteeringRecord]] | None = None,
     output_tokens: Mapping[int, Sequence[tuple[str, float]]] | None = None,
     summary: Sequence[SummaryTable] | None = None,
+    calibrations: Sequence[Mapping[str, Any]] | None = None,
     title: str = "Features",
     features: Sequence[int] | None = None,
     max_examples: int = 16,
@@ -58,6 +60,7 @@ def build_report(
         steering: answers before and after, by feature.
         output_tokens: tokens that a feature writes towards and the effect on their logits, strongest first, by feature.
         summary: small tables for the head of the index.
+        calibrations: of the judges, as `Calibration.to_json` or `read_calibration` give them; they lead the index.
         title: of the report.
         features: those that get a page; None: all that were ever active.
         max_examples: examples of each kind and modality on a page.
@@ -83,7 +86,7 @@ def build_report(
     report = ReportView(
         title=title,
         facts=fact_views(store, len(store.features)),
-        tables=tuple(table_view(table) for table in summary or ()),
+        tables=tuple(table_view(one) for one in (*map(calibration_table, calibrations or ()), *(summary or ()))),
         n_features=len(chosen),
         score_names=score_names(
             (score for feature in chosen for score in findings.scores.get(feature, ())), findings.score_modalities

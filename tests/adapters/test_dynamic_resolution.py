@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 from transformers import AutoConfig
+from transformers.models.aya_vision.modeling_aya_vision import AyaVisionMultiModalProjector
 from transformers.models.idefics3.modeling_idefics3 import Idefics3Connector
 from transformers.models.internvl.modeling_internvl import InternVLModel
 from transformers.models.smolvlm.modeling_smolvlm import SmolVLMConnector
@@ -25,7 +27,7 @@ from tests.adapters.adapter_samples import picture, prompt
 
 QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
 PACKED = (*QWEN, "glm4v", "glm46v")
-TILED = ("idefics3", "smolvlm", "internvl")
+TILED = ("idefics3", "smolvlm", "internvl", "aya_vision")
 SIZES = st.tuples(st.integers(20, 900), st.integers(20, 900))
 
 
@@ -90,6 +92,9 @@ SHUFFLES: dict[str, Callable[[Tensor, int], Tensor]] = {
     "internvl": lambda x, merge: InternVLModel.pixel_shuffle(
         None, x.unflatten(1, (int(x.shape[1] ** 0.5), -1)), 1 / merge
     ).flatten(1, 2),
+    "aya_vision": lambda x, merge: AyaVisionMultiModalProjector.pixel_shuffle(
+        SimpleNamespace(downsample_factor=merge), x
+    ).flatten(1, 2),
 }
 
 
@@ -102,7 +107,7 @@ def check_tiles(family: Any, size: tuple[int, int]) -> None:
     patch = family.config.vision_config.patch_size
     patch = patch if isinstance(patch, int) else patch[0]
     features = torch.nn.functional.avg_pool2d(tiles, patch)[:, :2].flatten(2).transpose(1, 2).contiguous()
-    merge = 2 if family.model_type == "internvl" else family.config.scale_factor
+    merge = family.config.scale_factor if family.model_type in ("idefics3", "smolvlm") else 2
     merged = SHUFFLES[family.model_type](features, merge).unflatten(-1, (merge**2, 2)).mean(-2)
     check_middles(family, size, merged.flatten(0, 1))
     assert made["input_ids"].eq(family.image_token_id).sum() == merged[..., 0].numel()
@@ -123,6 +128,7 @@ def test_tiles(released: Any, name: str, size: tuple[int, int]) -> None:
         ("smolvlm", 1, (613, 200)),
         ("internvl", 0, (333, 870)),
         ("internvl", 0, (700, 640)),
+        ("aya_vision", 0, (333, 870)),
     ],
 )
 def test_tiles_of_released_models(released: Any, name: str, number: int, size: tuple[int, int]) -> None:
@@ -258,16 +264,18 @@ def test_what_is_added_to_the_residual_stream_adds_up(name: str) -> None:
     batch = model.encode([prompt(picture(60, 40), "what ?"), prompt(picture(30, 30), "yes")])
     values: dict[str, Tensor] = {}
     beginnings = [f"{tower}blocks.{index}.hook_" for tower in ("vision.", "") for index in (0, 1)]
+    parts = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
+    kept = [begin + part for begin in beginnings for part in parts if begin + part in model.hooks]
     with torch.no_grad(), model.trace(**batch):
-        for beginning in beginnings:
-            for hook in ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post"):
-                values[beginning + hook] = model.hooks[beginning + hook].save()
-    for beginning in beginnings:
-        pre, attention, mid, mlp, post = (
-            values[beginning + hook] for hook in ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
-        )
-        assert torch.equal(pre + attention, mid), beginning
-        assert torch.equal(mid + mlp, post), beginning
+        for hook in kept:
+            values[hook] = model.hooks[hook].save()
+    for begin in beginnings:
+        attended = values[f"{begin}resid_pre"] + values[f"{begin}attn_out"]
+        if f"{begin}resid_mid" in values:
+            assert torch.equal(attended, values[f"{begin}resid_mid"]), begin
+        else:
+            assert model.family.parallel_blocks, begin
+        assert torch.equal(attended + values[f"{begin}mlp_out"], values[f"{begin}resid_post"]), begin
 
 
 @pytest.mark.parametrize("name", [*PACKED, *TILED])
@@ -281,6 +289,5 @@ def test_hooks_of_the_configuration_that_is_transformers_own(name: str) -> None:
     assert f"blocks.{family.n_layers - 1}.hook_resid_post" in names
     depth = family.config.vision_config.num_hidden_layers
     assert f"vision.blocks.{depth - 1}.hook_resid_post" in names
-    assert {point.d for point in points if point.name.endswith("hook_resid_mid") and point.tower == "language"} == {
-        family.d_model
-    }
+    widths = {point.d for point in points if point.name.endswith("hook_resid_post") and point.tower == "language"}
+    assert widths == {family.d_model}

@@ -106,7 +106,7 @@ def test_the_probe_notices_wrong_boxes(llava: VisionLanguageModel, wrong: Any) -
 
 def released_structures() -> list[Any]:
     return [
-        pytest.param(name, released, id=released.names[0])
+        pytest.param(name, released, id=f"{name}-{released.names[0]}")
         for name in registered_families()
         for released in find_family(name).released
     ]

@@ -27,16 +27,22 @@ from sae_lens_multimodal.adapters.random_models import (
     random_llava_next,
     word_tokenizer,
 )
+from sae_lens_multimodal.autointerp.explain import explain
+from sae_lens_multimodal.autointerp.judges import ScriptedJudge
 from sae_lens_multimodal.autointerp.regions import find_regions, silent_region
+from sae_lens_multimodal.autointerp.score import score
 from sae_lens_multimodal.errors import PromptError, SelectionError, UnsupportedModelError
 from sae_lens_multimodal.features.harvest import harvest
 from sae_lens_multimodal.hooks.effects import top_output_tokens
 from sae_lens_multimodal.hooks.steer import BoxTokens, ImageTokens, Set, steer
 from sae_lens_multimodal.report.build import build_report
+from sae_lens_multimodal.training.config import build_config
+from sae_lens_multimodal.training.runner import load_run_model
 from sae_lens_multimodal.types import Modality
 from tests.adapters import test_family_uses as uses
 from tests.adapters.adapter_samples import mixed_prompts, picture, prompt
 from tests.adapters.box_probe import differing, features_for
+from tests.autointerp.sample import blind
 
 LATENTS = 5
 BOUNDARY = "<fake_token_around_image>"
@@ -125,6 +131,9 @@ def test_it_loads_from_a_folder(tmp_path: Path) -> None:
     batch = loaded.encode(prompt(picture(30, 20), "what is this ?"))
     with torch.no_grad():
         assert torch.equal(loaded._module(**batch).logits, module(**batch).logits)
+    settings = {"hook_name": uses.HOOK, "sae": {"architecture": "topk", "d_sae": 32, "k": 4}, "device": "cpu"}
+    named = {"model_name": str(tmp_path), "model_from_pretrained_kwargs": {"family": "generic"}}
+    assert isinstance(load_run_model(build_config({**settings, **named})).family, Generic)
 
 
 def test_hooks_agree_with_the_exact_adapter(exact: VisionLanguageModel, generic: VisionLanguageModel) -> None:
@@ -190,6 +199,7 @@ def test_what_needs_a_place_takes_the_whole_picture_or_says_so(any_model: Vision
     assert layout.heatmap(values) == pytest.approx(np.ones((30, 40)), rel=1e-5)
     with pytest.raises(SelectionError, match=r"family='generic'.*without a box"):
         layout.tokens_in((0, 0, 20, 20))
+    assert torch.equal(layout.tokens_in((0, 0, 40, 30)), tokens)
     sae = uses.random_sae(any_model)
     with pytest.raises(SelectionError, match="without a box"), torch.no_grad():
         steered = steer(any_model, sae, {3: Set(4.0)}, tokens=BoxTokens((0, 0, 20, 20)))
@@ -210,6 +220,10 @@ def test_regions_and_reports_show_whole_pictures(resampled: VisionLanguageModel,
     (region,) = find_regions(example)
     assert region.box == (0, 0, *example.images[0].size)
     assert silent_region(example, region, np.random.default_rng(0)) is None
+    judge = ScriptedJudge(blind)
+    made = explain(store, judge, output=tmp_path / "explained", features=[feature], progress=False)
+    assert any(one.modality == "image" for one in made)
+    score(store, judge, made, output=tmp_path / "scored", progress=False)
     build_report(store, output=tmp_path / "report", progress=False)
     assert (tmp_path / "report" / "index.html").is_file()
 

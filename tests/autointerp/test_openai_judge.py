@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sae_lens_multimodal.autointerp import schemas
 from sae_lens_multimodal.autointerp.judges import (
     CachedJudge,
     FailureKind,
@@ -219,3 +220,62 @@ def base_url_from_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[Serve
 def test_base_url_from_the_environment(base_url_from_environment: Server) -> None:
     assert isinstance(OpenAIJudge("m").ask(REQUEST), JudgeReply)
     assert len(base_url_from_environment.bodies) == 1
+
+
+def test_all_requests_wait_where_one_was_too_many() -> None:
+    def answer(number: int, _: dict[str, Any], __: Server) -> Answer:
+        if number == 0:
+            return error(429, "slow down")._replace(headers=(("Retry-After", "0.6"),))
+        return completion("yes")
+
+    with serving(answer) as server:
+        requests = [JudgeRequest(parts=(str(number),)) for number in range(6)]
+        outcomes = judge_at(server.url, concurrency=1, max_retries=1).ask_all(requests, progress=False)
+        assert all(isinstance(one, JudgeReply) for one in outcomes)
+        assert min(server.times[1:]) - server.times[0] >= 0.59
+    with serving(answer) as server:
+        judge = judge_at(server.url, concurrency=1)
+        failed, *others = judge.ask_all(requests, progress=False)
+        assert isinstance(failed, JudgeFailure) and len(others) == 5
+        assert server.times[1] - server.times[0] >= 0.59, "other requests wait, too"
+
+
+VERDICT = JudgeRequest(parts=("is it red ?",), schema=schemas.VERDICT)
+
+
+def test_a_reply_is_held_to_its_schema_where_asked_for() -> None:
+    with serving(lambda *_: completion('{"answer": "yes"}')) as server:
+        judge_at(server.url).ask(VERDICT)
+        judge_at(server.url, structured=True).ask(VERDICT)
+        judge_at(server.url, structured=True).ask(REQUEST)
+    assert "response_format" not in server.bodies[0]
+    assert server.bodies[1]["response_format"]["type"] == "json_schema"
+    schema = server.bodies[1]["response_format"]["json_schema"]["schema"]
+    assert schema["properties"]["answer"]["enum"] == ["yes", "no"] and schema["additionalProperties"] is False
+    assert "response_format" not in server.bodies[2], "a request without a schema"
+    names = [judge_at(server.url, structured=value).cache_name for value in (False, True)]
+    assert names[0] != names[1], "answers of the one are not those of the other"
+
+
+def test_a_server_without_schemas_is_asked_without_from_then_on(caplog: pytest.LogCaptureFixture) -> None:
+    def answer(_: int, body: dict[str, Any], __: Server) -> Answer:
+        return error(400, "unknown field response_format") if "response_format" in body else completion("yes")
+
+    with serving(answer) as server:
+        judge = judge_at(server.url, structured=True, concurrency=1)
+        outcomes = judge.ask_all([VERDICT] * 3, progress=False)
+    assert [one.text for one in outcomes if isinstance(one, JudgeReply)] == ["yes"] * 3
+    assert ["response_format" in body for body in server.bodies] == [True, False, False, False]
+    assert "takes no JSON schemas" in caplog.text
+
+
+def test_a_request_refused_for_itself_does_not_end_schemas() -> None:
+    def answer(number: int, *_: Any) -> Answer:
+        return error(400, "too long") if number < 2 else completion("yes")
+
+    with serving(answer) as server:
+        judge = judge_at(server.url, structured=True, concurrency=1)
+        first, second = judge.ask_all([VERDICT] * 2, progress=False)
+    assert isinstance(first, JudgeFailure) and first.kind is FailureKind.REJECTED
+    assert isinstance(second, JudgeReply)
+    assert ["response_format" in body for body in server.bodies] == [True, False, True]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -185,3 +186,33 @@ def test_scenes_marks_one_phrase() -> None:
     assert SCENES.mark(tokens, [False] * len(tokens)) == "a red striped circle letter x . a blue star ."
     assert SCENES.markable("letter")
     assert not SCENES.markable("there")
+
+
+def test_replies_that_fit_their_schema_are_read() -> None:
+    """Each schema's required fields are what its reader reads."""
+    book, picture = GeneralPrompts(), Image.new("RGB", (8, 8))
+    examples: dict[str, tuple[JudgeRequest, dict[str, Any], Any]] = {
+        "verdict": (book.detect_text("red", "a"), {"answer": "no"}, book.read_verdict),
+        "meaning": (
+            book.explain_texts(["a"], []),
+            {"common": True, "explanation": "red things", "label": "red"},
+            book.read_meaning,
+        ),
+        "proposals": (
+            book.propose_texts(["a"], [], 1),
+            {"common": True, "candidates": [{"explanation": "red things", "label": "red"}]},
+            book.read_proposals,
+        ),
+        "intruder": (book.intruder([picture, picture]), {"intruder": 2}, lambda reply: book.read_intruder(reply, 2)),
+        "grid": (book.simulate("red", picture, 1, 2), {"grid": [[0, 9]]}, lambda reply: book.read_grid(reply, 1, 2)),
+    }
+    for name, (request, value, read) in examples.items():
+        assert request.schema is not None, name
+        schema = json.loads(request.schema)
+        assert set(schema["required"]) == set(value), name
+        assert read(json.dumps(value)) is not None, name
+        for field in schema["required"]:
+            fewer = {key: part for key, part in value.items() if key != field}
+            if name == "meaning" and field != "common":
+                continue  # the reader forgives a missing label or takes it from the explanation
+            assert read(json.dumps(fewer)) is None, (name, field)

@@ -17,8 +17,9 @@ from sae_lens_multimodal.errors import ConfigError, FeatureError, SelectionError
 from sae_lens_multimodal.hooks import control_search
 from sae_lens_multimodal.hooks.attribute import attribute
 from sae_lens_multimodal.hooks.changes import Ablate, Set
+from sae_lens_multimodal.hooks.control_activity import measure_activity
 from sae_lens_multimodal.hooks.control_baselines import mean_value, random_controls
-from sae_lens_multimodal.hooks.control_candidates import foresee, measure_activity
+from sae_lens_multimodal.hooks.control_candidates import foresee
 from sae_lens_multimodal.hooks.control_questions import Example, Questions
 from sae_lens_multimodal.hooks.control_records import Control, ControlSet, Rate
 from sae_lens_multimodal.hooks.controls import SearchSettings, find_controls
@@ -79,7 +80,8 @@ def test_the_planted_feature_is_found_and_works(
     assert found.trail[-1].success == 1.0
     assert found.random is not None
     assert found.random.success.count == 0
-    assert found.random.success.total == 2 * len(held)
+    assert found.random.success.total == len(held), "draws on the same prompts are no further prompts"
+    assert found.random.success.draws == (0.0, 0.0)
 
 
 def test_held_out_prompts_are_not_searched(
@@ -165,14 +167,13 @@ def test_random_features_are_as_active(sae: SAE[Any], model: VisionLanguageModel
     assert drawn[0].feature != drawn[1].feature
 
 
-def test_difference_of_means(found: ControlSet, model: VisionLanguageModel, prompts: list[Any]) -> None:
-    assert found.mean_difference is not None
-    assert found.mean_difference.success.total == len(found.answers)
+def test_the_mean_counts_every_token(model: VisionLanguageModel, prompts: list[Any]) -> None:
     questions = Questions(model, [Example(conversation=one) for one in prompts[:5]], batch_size=2)
     alone = [read_activations(model, model.encode([one]), HOOK)[HOOK][0, -1] for one in prompts[:5]]
-    torch.testing.assert_close(
-        mean_value(model, HOOK, questions, "last"), torch.stack(alone).mean(0), atol=1e-5, rtol=1e-4
-    )
+    mean = mean_value(model, HOOK, questions, "last")
+    assert mean is not None
+    torch.testing.assert_close(mean, torch.stack(alone).mean(0), atol=1e-5, rtol=1e-4)
+    assert mean_value(model, HOOK, questions, "image") is None
 
 
 def test_changes_and_json(found: ControlSet) -> None:
@@ -184,6 +185,8 @@ def test_changes_and_json(found: ControlSet) -> None:
     assert content["held_out"]["side_effects"]["share"] is None
     assert [one["feature"] for one in content["controls"]] == [PLANTED]
     assert content["answers"][0]["wanted"] == "red"
+    assert content["pictures_shared"] is False
+    assert (content["n_positives"], content["n_positives_left_out"]) == (4, 0)
     assert len(content["curve"]) == 6
 
 
@@ -197,6 +200,24 @@ def test_wilson_intervals() -> None:
     assert str(Rate(8, 10)) == "80% [49, 94] of 10"
 
 
+def test_intervals_count_pictures_and_not_questions() -> None:
+    alone = Rate.of([True, False, True, True], [4, 5, 6, 7])
+    assert alone == Rate(3, 4)
+    assert alone.effective == 4
+    # Two questions about each picture, answered alike, say no more than one question each.
+    twice = Rate.of([True, False, True, True] * 2, [4, 5, 6, 7] * 2)
+    assert (twice.count, twice.total, twice.effective) == (6, 8, 4)
+    assert (twice.low, twice.high) == (alone.low, alone.high)
+    # Kish: groups of 3 and 1 count as 4**2 / (3**2 + 1**2).
+    assert Rate.of([True] * 4, [0, 0, 0, 1]).effective == 1.6
+    assert str(twice) == "75% [30, 95] of 8 in 4 groups"
+    assert twice.to_dict()["n_groups"] == 4
+    draws = Rate.mean([Rate(0, 4), Rate(1, 4), Rate(2, 4)])
+    assert (draws.share, draws.draws) == (0.25, (0.0, 0.25, 0.5))
+    assert (draws.low, draws.high) == (Rate(1, 4).low, Rate(1, 4).high)
+    assert str(draws) == "25% [5, 70] of 4, 3 draws from 0 to 50%"
+
+
 def test_bad_input(model: VisionLanguageModel, planted: SAE[Any], prompts: list[Any]) -> None:
     with pytest.raises(SelectionError, match="at least 2"):
         find_controls(model, planted, prompts[:1], "red")
@@ -208,7 +229,7 @@ def test_bad_input(model: VisionLanguageModel, planted: SAE[Any], prompts: list[
         find_controls(model, planted, prompts[:4], "rouge")
     with pytest.raises(FeatureError, match="9999"):
         find_controls(model, planted, prompts[:4], "red", scales={9999: 1.0})
-    for wrong in ({"n_kept": 0}, {"held_out": 1.0}, {"strengths": (float("nan"),)}):
+    for wrong in ({"n_kept": 0}, {"gradient_batch_size": 0}, {"held_out": 1.0}, {"strengths": (float("nan"),)}):
         with pytest.raises(ConfigError):
             find_controls(model, planted, prompts[:4], "red", settings=SearchSettings(**wrong))
     with pytest.raises(SelectionError):

@@ -16,10 +16,11 @@ from sae_lens_multimodal.adapters.model import VisionLanguageModel
 from sae_lens_multimodal.errors import ConfigError, FeatureError, SelectionError
 from sae_lens_multimodal.hooks.dose import STRENGTHS, activation_unit, dose_response, kl_divergence
 from sae_lens_multimodal.hooks.dose_curve import DoseCurve, DosePoint
+from sae_lens_multimodal.hooks.dose_runner import DoseRunner
 from sae_lens_multimodal.hooks.places import BoxTokens
 from sae_lens_multimodal.hooks.read import read_activations
 from sae_lens_multimodal.hooks.steer import Ablate, Add, Set, SteeringVector, steer
-from tests.hooks.hook_samples import HOOK
+from tests.hooks.hook_samples import HOOK, build_sae
 
 Conversations = list[list[dict[str, Any]]]
 
@@ -110,6 +111,40 @@ def test_nothing_changes_at_no_strength(
     assert (point.others_kl, point.guard_kl, point.guard_changed) == (0, 0, 0)
     assert point.answers == curve.baseline_answers
     assert len(STRENGTHS) == 16
+
+
+@pytest.mark.parametrize("tokens", ["all", "last"])
+@pytest.mark.parametrize("hook", [HOOK, "blocks.1.hook_attn_out"])
+def test_what_is_run_once_gives_what_is_run_for_every_strength(
+    model: VisionLanguageModel,
+    conversations: Conversations,
+    monkeypatch: pytest.MonkeyPatch,
+    hook: str,
+    tokens: Any,
+) -> None:
+    source = build_sae(metadata={"hook_name": hook, "model_name": model.name})
+    asked = {"strengths": [0.0, 1.0, 3.0], "unit": 4.0, "kind": "add", "tokens": tokens}
+    blocks: list[int] = []
+    handles = [
+        model._module.get_submodule(f"model.language_model.layers.{layer}").register_forward_hook(
+            lambda _m, _a, output, layer=layer: blocks.append(layer) if len(output) == 4 else None
+        )
+        for layer in range(2)
+    ]
+    for target in ("no", "red circle no"):
+        once = dose_response(model, source, 3, conversations[0], target, **asked)  # type: ignore[arg-type]
+        from_hook = list(blocks)
+        monkeypatch.setattr(DoseRunner, "_from_the_hook", lambda *_: None)
+        whole = dose_response(model, source, 3, conversations[0], target, **asked)  # type: ignore[arg-type]
+        monkeypatch.undo()
+        assert 0 not in from_hook and 0 in blocks[len(from_hook) :]
+        blocks.clear()
+        assert once.baseline == pytest.approx(whole.baseline, rel=1e-3)
+        for one, other in zip(once.points, whole.points, strict=True):
+            assert one.target == pytest.approx(other.target, rel=1e-3)
+            assert one.others_kl == pytest.approx(other.others_kl, rel=1e-2, abs=1e-6)
+    for handle in handles:
+        handle.remove()
 
 
 def test_an_activation_set_to_nothing_is_called_ablated(

@@ -49,6 +49,8 @@ def test_descriptions_are_read_back(described: FeatureStore) -> None:
     assert found.cross_modal_lift == pytest.approx(0.55)
     assert (found.neighbours[0].relation, found.neighbours[1].covers) == ("split", None)
     assert described.description(1) is None
+    assert described.descriptions is not None
+    assert described.descriptions.neighbours() == {0: [1, 9]}
 
 
 def test_a_page_shows_them_beside_their_floors_and_links_to_other_pages(

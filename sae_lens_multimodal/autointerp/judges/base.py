@@ -32,6 +32,9 @@ class JudgeRequest:
     """The longest reply, in tokens."""
     choices: tuple[str, ...] | None = None
     """The only valid replies; any other is an unparsable one. None: free text."""
+    schema: str | None = None
+    """The reply's JSON schema, for judges that can be held to one; the prompt says the same in words, and readers
+    check the reply whether or not it was held to it."""
     prompt_version: str = ""
     """Which phrasing this is; a new version is never answered from an old version's cache."""
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import base64
 import io
 import json
+import logging
 import os
 import time
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from itertools import islice
@@ -24,10 +26,13 @@ from sae_lens_multimodal.autointerp.judges.base import (
     Outcome,
     Part,
 )
+from sae_lens_multimodal.autointerp.judges.pause import SharedPause
 from sae_lens_multimodal.errors import ConfigError, JudgeError
 
 if TYPE_CHECKING:
     import openai
+
+logger = logging.getLogger(__name__)
 
 HOSTED = "api.openai.com"
 """Where the client goes when no base URL is given."""
@@ -50,10 +55,13 @@ class OpenAIJudge(Judge):
             nowhere written. A server given by its base URL may do without.
         concurrency: how many requests are under way at most.
         timeout_seconds: for one try of one request.
-        max_retries: further tries after a timeout, a 429 or a 5xx, with growing pauses (by the client).
+        max_retries: further tries after a timeout, a 429 or a 5xx, with growing pauses (by the client). After a 429 all
+            requests wait as long as it asks for.
         give_up_after: after so many requests in a row without an answer the judge counts as down.
         temperature: 0 takes the likeliest tokens; None leaves it to the server (some hosted models demand that).
         token_limit_field: how the server calls the longest reply; OpenAI's reasoning models want the longer name.
+        structured: have the server hold each reply to the request's JSON schema. A server that refuses a request for
+            that is asked without from then on.
         extra_body: further fields of every request, such as `{"chat_template_kwargs": {...}}`.
 
     Raises:
@@ -73,6 +81,7 @@ class OpenAIJudge(Judge):
         give_up_after: int = 8,
         temperature: float | None = 0.0,
         token_limit_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens",
+        structured: bool = False,
         extra_body: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
@@ -86,13 +95,18 @@ class OpenAIJudge(Judge):
         self._place = _place(base_url)
         self._options: dict[str, Any] = {} if temperature is None else {"temperature": temperature}
         self._extra_body = dict(extra_body or {})
+        self._structured, self._takes_schemas = structured, structured
+        pause = SharedPause()
+        http = openai.DefaultHttpxClient(event_hooks={"request": [pause.wait], "response": [pause.note]})
         self._token_limit_field = token_limit_field
         self._client = openai.OpenAI(
             base_url=base_url,
             api_key=_api_key(api_key_variable, needed=base_url is None),
             timeout=timeout_seconds,
             max_retries=max_retries,
+            http_client=http,
         )
+        weakref.finalize(self, http.close)
 
     @property
     def id(self) -> str:
@@ -102,7 +116,8 @@ class OpenAIJudge(Judge):
     @property
     def cache_name(self) -> str:
         """The id, and the settings that can change an answer."""
-        return f"{self.id} {json.dumps([self._options, self._extra_body], sort_keys=True)}"
+        settings = [self._options, self._extra_body, *(["structured"] if self._structured else [])]
+        return f"{self.id} {json.dumps(settings, sort_keys=True)}"
 
     def _replies(self, requests: Sequence[JudgeRequest]) -> Iterator[tuple[int, Outcome]]:
         waiting = iter(enumerate(requests))
@@ -128,6 +143,24 @@ class OpenAIJudge(Judge):
             raise down
 
     def _ask(self, request: JudgeRequest) -> Outcome:
+        """Ask with the request's schema if the server takes such, else without.
+
+        Raises:
+            JudgeError: no request can succeed.
+        """
+        if not (self._takes_schemas and request.schema is not None):
+            return self._try(request, {})
+        schema = {"name": "reply", "strict": True, "schema": json.loads(request.schema)}
+        outcome = self._try(request, {"response_format": {"type": "json_schema", "json_schema": schema}})
+        if not (isinstance(outcome, JudgeFailure) and outcome.kind is FailureKind.REJECTED):
+            return outcome
+        plain = self._try(request, {})
+        if isinstance(plain, JudgeReply):  # else it was not for the schema that the request was refused
+            self._takes_schemas = False
+            logger.warning("%s takes no JSON schemas (%s); it is asked without.", self._place, outcome.message)
+        return plain
+
+    def _try(self, request: JudgeRequest, further: Mapping[str, Any]) -> Outcome:
         """Ask once (the client retries).
 
         Raises:
@@ -142,6 +175,7 @@ class OpenAIJudge(Judge):
                 messages=[{"role": "user", "content": [_content(part) for part in request.parts]}],
                 extra_body={self._token_limit_field: request.max_new_tokens, **self._extra_body},
                 **self._options,
+                **further,
             )
         except openai.APITimeoutError as error:
             return JudgeFailure.of(request, FailureKind.TIMEOUT, f"No reply from {self._place} in time ({error}).")
