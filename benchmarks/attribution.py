@@ -4,8 +4,8 @@
 
 Questions about scenes of two or three objects; the metric is the logit of the right answer minus that of another
 object's. For each method: Spearman's rank correlation of estimated and true effects over the 100 nodes with the largest
-estimates (mean and minimum over prompts; and over the 100 nodes that the plain gradient puts first, the same for all
-methods), and how many times as long it takes to ablate every active feature at every token, one forward pass each.
+estimates (mean with a bootstrap interval over prompts, and minimum), the same of absolute values, the share of right
+signs, and how many times as long it takes to ablate every active feature at every token, one forward pass each.
 """
 
 from __future__ import annotations
@@ -126,8 +126,8 @@ def main() -> None:
             own, size, sign, times = (np.array(values[key]) for key in ("own", "size", "sign", "times"))
             low, high = interval(own)
             print(
-                f"| {sae.cfg.metadata.hook_name} | {name} | {own.mean():.3f} [{low:.3f}, {high:.3f}] | {own.min():.3f} | "
-                f"{size.mean():.3f} | {sign.mean():.2f} | {np.median(times):.0f} |",
+                f"| {sae.cfg.metadata.hook_name} | {name} | {own.mean():.3f} [{low:.3f}, {high:.3f}] | "
+                f"{own.min():.3f} | {size.mean():.3f} | {sign.mean():.2f} | {np.median(times):.0f} |",
                 flush=True,
             )
 

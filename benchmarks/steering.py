@@ -34,6 +34,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--repeats", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=24, help="tokens to generate")
+    parser.add_argument("--pictures", type=int, nargs="+", default=[1], help="pictures in the prompt")
     parser.add_argument("--large", action="store_true", help="only the larger random model")
     parser.add_argument("--tiny", action="store_true", help="only the shipped tiny model")
     parser.add_argument("--wall", action="store_true", help="time by the clock")
@@ -46,13 +47,17 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|")
     if not options.large:
         module = LlavaNextForConditionalGeneration.from_pretrained(model_folder(), dtype=torch.float32).eval()
-        measure("tiny", load_model(model_folder(), dtype=torch.float32), module, make_scene(3).image, options, clock)
+        tiny = load_model(model_folder(), dtype=torch.float32)
+        for count in options.pictures:
+            measure("tiny", tiny, module, [make_scene(3).image] * count, options, clock)
     if not options.tiny:
         module, processor = larger_model()
         other = LlavaNextForConditionalGeneration(module.config).eval()
         other.load_state_dict(module.state_dict())
         picture = Image.new("RGB", (96, 48), (200, 10, 10))
-        measure("hidden 768", load_model(module, processor=processor), other, picture, options, clock)
+        large = load_model(module, processor=processor)
+        for count in options.pictures:
+            measure("hidden 768", large, other, [picture] * count, options, clock)
 
 
 def larger_model() -> tuple[LlavaNextForConditionalGeneration, Any]:
@@ -79,16 +84,17 @@ def measure(
     name: str,
     model: VisionLanguageModel,
     module: LlavaNextForConditionalGeneration,
-    picture: Image.Image,
+    pictures: list[Image.Image],
     options: argparse.Namespace,
     clock: Callable[[], float],
 ) -> None:
     """Time everything on one model in turns, and print its rows."""
     layer = model.n_layers // 2
     sae = random_sae(model, HOOK.format(layer))
-    content = [{"type": "image", "image": picture}, {"type": "text", "text": "what is this ?"}]
-    question = [{"role": "user", "content": content}]
+    shown = [{"type": "image", "image": picture} for picture in pictures]
+    question = [{"role": "user", "content": [*shown, {"type": "text", "text": "what is this ?"}]}]
     batch = model.encode([question])
+    name = f"{name}, {batch.layout.n_tokens} tokens"
     settings = {"max_new_tokens": options.tokens, "min_new_tokens": options.tokens, "do_sample": False}
     steered = steer(model, sae, {FEATURE: Set(STRENGTH)})
     strengths = [float(one) for one in range(16)]

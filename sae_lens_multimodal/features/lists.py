@@ -103,17 +103,18 @@ class BestLists:
         weights, keys, prompts = self.weight[rows], self.key[rows], self.prompt[rows]
         column = torch.arange(self.length, device=rows.device)
         at = (weights >= weight[:, None]).sum(1, keepdim=True)
-        # What drops out: the weaker prompt of the same picture, else the last.
+        moves, better = column > at, torch.ones_like(rows, dtype=torch.bool)
         same = keys == key
-        out = torch.where(same, column, self.length - 1).amin(1, keepdim=True)
-        better = (at <= out).squeeze(1)
-        source = torch.where((column > at) & (column <= out), column - 1, column)
-        new = column == at
+        if bool(same.any()):
+            # What drops out is the weaker prompt of the same picture rather than the last.
+            out = torch.where(same, column, self.length - 1).amin(1, keepdim=True)
+            moves, better = moves & (column <= out), (at <= out).squeeze(1)
+        source, new = column - moves.long(), (column == at) & better[:, None]
+        source = torch.where(better[:, None], source, column)
         for held, values, offered in (
             (self.weight, weights, weight[:, None]),
             (self.key, keys, key),
             (self.prompt, prompts, prompt),
         ):
-            moved = torch.where(new, offered, values.gather(1, source))
-            held[rows] = torch.where(better[:, None], moved, values)
+            held[rows] = torch.where(new, offered, values.gather(1, source))
         return better

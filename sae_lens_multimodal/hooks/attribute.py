@@ -44,7 +44,7 @@ def attribute(
     hook_name: str | None = None,
     tokens: Tokens = "all",
     method: Method = "gradient",
-    n_steps: int = 4,
+    n_steps: int = 6,
     baseline: Baseline = "ablated",
     completeness: bool = True,
 ) -> Attribution:

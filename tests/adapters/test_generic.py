@@ -42,7 +42,6 @@ from sae_lens_multimodal.types import Modality
 from tests.adapters import test_family_uses as uses
 from tests.adapters.adapter_samples import mixed_prompts, picture, prompt
 from tests.adapters.box_probe import differing, features_for
-from tests.autointerp.sample import blind
 
 LATENTS = 5
 BOUNDARY = "<fake_token_around_image>"
@@ -220,7 +219,7 @@ def test_regions_and_reports_show_whole_pictures(resampled: VisionLanguageModel,
     (region,) = find_regions(example)
     assert region.box == (0, 0, *example.images[0].size)
     assert silent_region(example, region, np.random.default_rng(0)) is None
-    judge = ScriptedJudge(blind)
+    judge = ScriptedJudge(lambda request: "yes" if request.choices else "noise")
     made = explain(store, judge, output=tmp_path / "explained", features=[feature], progress=False)
     assert any(one.modality == "image" for one in made)
     score(store, judge, made, output=tmp_path / "scored", progress=False)

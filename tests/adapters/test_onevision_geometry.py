@@ -113,6 +113,7 @@ def test_a_box_holds_the_patches_that_the_token_is_made_of(width: int, height: i
 @example(width=2304, height=2304)
 @example(width=1152, height=1152)
 @example(width=1320, height=1320)
+@example(width=1536, height=1152)
 @example(width=4000, height=300)
 def test_boxes_of_the_released_configuration(width: int, height: int) -> None:
     """Patches carry the middle of their boxes through packing and shrinking; each token's lies within its box."""

@@ -80,3 +80,20 @@ def test_an_edit_of_one_prompts_patches_leaves_the_other(pixtral: VisionLanguage
                 alone = pixtral.hooks["blocks.1.hook_resid_post"].save()
             own = value[:, -alone.shape[1] :]
             assert torch.allclose(own, alone, atol=1e-5, rtol=1e-4) == same, hook
+
+
+@torch.no_grad()
+def test_patterns_of_the_vision_tower_are_those_of_all_pictures() -> None:
+    """Two of their dimensions count patches, so they are not cut into the invokes' shares."""
+    module, processor = Llava.random_model(tower="pixtral")
+    module.set_attn_implementation("eager")
+    model = load_model(module, processor=processor)
+    got = []
+    with model.trace() as tracer:
+        for one in (prompt(picture(32, 16), "what ?"), prompt(picture(16, 16), "is this red ?")):
+            with tracer.invoke(one):
+                got.append(model.hooks["vision.blocks.1.attn.hook_pattern"].save())
+    assert [value.shape for value in got] == [(1, 2, 12, 12)] * 2
+    # no patch attends to another picture
+    assert not got[0][..., :8, 8:].any()
+    assert got[0][..., :8, :8].all()

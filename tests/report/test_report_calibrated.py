@@ -20,7 +20,7 @@ from tests.report.report_sample import EVIL
 
 def calibration(black: float) -> Calibration:
     def result(condition: Any, mean: float) -> ConditionResult:
-        interval = Interval(mean, mean - 0.05, mean + 0.05)
+        interval = Interval(mean, mean - 0.05, mean + 0.05, 12)
         return ConditionResult(
             condition=condition,
             tpr=0.9,
