@@ -63,7 +63,5 @@ answer = model.answer([question])[0]
 found = attribute(model, sae, question, ContinuationLogProbability(answer.split()[0]))
 print(answer, "| rests on concepts", [one.feature for one in found.by_feature()[:3]])
 best = concept_truth(dictionary, measured_on, rows).matches[0]
-steered = steer(
-    model, sae, {best.concept: Add(float(dictionary.activations[:, best.concept].max()))}, tokens="last"
-)
+steered = steer(model, sae, {best.concept: Add(float(dictionary.activations[:, best.concept].max()))}, tokens="last")
 print("with more of", best.attribute, "->", steered.answer([question])[0])

@@ -110,7 +110,6 @@ class BestLists:
             out = torch.where(same, column, self.length - 1).amin(1, keepdim=True)
             moves, better = moves & (column <= out), (at <= out).squeeze(1)
         source, new = column - moves.long(), (column == at) & better[:, None]
-        source = torch.where(better[:, None], source, column)
         for held, values, offered in (
             (self.weight, weights, weight[:, None]),
             (self.key, keys, key),

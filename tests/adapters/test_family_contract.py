@@ -16,7 +16,7 @@ from sae_lens_multimodal.adapters.model import VisionLanguageModel
 from sae_lens_multimodal.types import Modality
 from tests.adapters.adapter_samples import mixed_prompts, picture, prompt
 
-TOLERANCE = 1e-5
+TOLERANCE = 5e-5
 
 
 @pytest.fixture(autouse=True)

@@ -34,7 +34,7 @@ def check_places(model: VisionLanguageModel, size: tuple[int, int], n_lines: int
     for axis in (0, 1):
         lines = range(size[axis])
         if n_lines is not None:
-            lines = lines[size[axis] // (2 * n_lines) :: size[axis] // n_lines]
+            lines = lines[size[axis] // (3 * n_lines) :: size[axis] // n_lines]
         seen = tokens_that_see(model._module, lambda pictures: ask(model, pictures), size, axis, lines)
         assert not seen[:, ~image].any(), "a token that is no patch depends on pixels"
         if n_lines is None:
@@ -117,7 +117,7 @@ def test_the_structures_of_released_checkpoints(family: str, released: Released)
     """Real sizes, patches, grids and merging; few layers, random weights."""
     module, processor = find_family(family).random_model(seed=0, **released.structure)
     model = load_model(module, processor=processor)
-    check_places(model, (401, 268), n_lines=2)
+    check_places(model, (401, 268), n_lines=1)
     module.set_attn_implementation("eager")
     # processor, model and adapter count alike in another shape, too
     batch = ask(model, [picture(310, 840)])

@@ -22,11 +22,10 @@ def test_ends_of_words_pictures_and_positions(tiny: VisionLanguageModel) -> None
     assert ends("Is  this") == ["this", "this"]
     assert ends(["red circle", "red"]) == ["circle", "red"]
     # the last occurrence
-    assert int(constraint_ends(tiny, batch, "this")[0]) == len(tokens[0]) - 1
-    assert ends(-1) == ["this", "?"]
-    assert ends(0) == [
-        row[place] for row, place in zip(tokens, (batch["attention_mask"] != 0).int().argmax(1), strict=True)
-    ]
+    assert int(constraint_ends(tiny, batch, "this")[0]) == len(tokens[0]) - 2
+    assert ends(-1) == ["<assistant>", "<assistant>"]
+    assert ends(-2) == ["this", "?"]
+    assert ends(0) == ["<s>", "<s>"]
     picture = int(batch.layout.is_image[0].nonzero().max())
     first = tiny.encode([ask()])
     assert int(constraint_ends(tiny, first, ImageTokens())[0]) == int(first.layout.is_image[0].nonzero().max())
