@@ -69,8 +69,9 @@ def concepts(model: Any, sae: Any, options: argparse.Namespace) -> None:  # noqa
         )
         found.append(one)
         features = ", ".join(f"{c.feature} {c.direction} {c.strength:g}" for c in one.controls) or "none"
+        said = f"{value} (pictures on both sides)" if one.pictures_shared else value
         print(
-            f"| {value} | {features} | {one.held_out.success} | {one.held_out.side_effects} | "
+            f"| {said} | {features} | {one.held_out.success} | {one.held_out.side_effects} | "
             f"{shown(one.random)} | {shown(one.mean_difference)} |",
             flush=True,
         )
@@ -113,7 +114,8 @@ def repair(model: Any, sae: Any, options: argparse.Namespace) -> None:  # noqa: 
         settings=settings(options, max_side_effects=0.02),
     )
     print("features:", ", ".join(f"{one.feature} {one.direction} {one.strength:g}" for one in found.controls) or "none")
-    print(f"held out by the search: {found.held_out.success} repaired, {found.held_out.side_effects} others changed\n")
+    shared = ", with pictures on both sides" if found.pictures_shared else ""
+    print(f"held out by the search{shared}: {found.held_out.success} repaired, {found.held_out.side_effects} changed\n")
     limit = best_threshold(searched, yes_minus_no(model, searched, size))
     steered = found.steer(model, sae) if found.controls else model
     print("| fresh questions | right before | right with features | right with a threshold |")

@@ -5,8 +5,8 @@
 The loop of arXiv 2406.04236's release takes one position of one layer's attention or MLP output at a time, and runs the
 whole model, vision tower included, on three rows: clean, corrupted, and corrupted with that value restored. Here it
 runs on plain PyTorch hooks. Cells: all positions x all layers x {attention, MLP}. Of the loop a random sample of cells
-is timed where `--sample` is given, and its time scaled to all; results are compared on every cell that it ran. Times are
-the processor's, so that others on the machine do not count.
+is timed where `--sample` is given, and its time scaled to all; results are compared on every cell that it ran. Times
+are the processor's, so that others on the machine do not count.
 """
 
 from __future__ import annotations

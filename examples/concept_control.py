@@ -57,14 +57,15 @@ for one in controls.controls:
     print(f"feature {one.feature}: {one.direction}, {one.strength:g} times its 99th percentile ({one.scale:.2f})")
 print("answers red on unseen pictures:", controls.held_out.success, "; before:", controls.before)
 print("other answers changed:         ", controls.held_out.side_effects)
+print("pictures on both sides:        ", controls.pictures_shared)
 print("random features instead:       ", controls.random and controls.random.success)
 print("difference of means instead:   ", controls.mean_difference and controls.mean_difference.success)
 for pair in controls.answers[:4]:
     print(f"{pair.prompt} {pair.before} -> {pair.after}")
 
 # %%
-# The whole search on a page.
-print(build_control_report({"red": controls}, output="controls"))
+# The whole search on a page, with the pictures and answers of the first eight examples and guard examples.
+print(build_control_report({"red": controls}, output="controls", n_answers=8))
 
 # %%
 # The set is a steered model like any other.

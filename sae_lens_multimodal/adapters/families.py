@@ -128,7 +128,7 @@ def glm46v() -> type[Family]:
 
 @family("mistral3")
 def mistral3() -> type[Family]:
-    """Mistral 3 (Mistral Small 3.1 and 3.2)."""
+    """Mistral 3 (Mistral Small 3.1)."""
     from sae_lens_multimodal.adapters.mistral3 import Mistral3
 
     return Mistral3

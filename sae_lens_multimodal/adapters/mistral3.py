@@ -21,10 +21,7 @@ class Mistral3(PixtralFamily):
     model_type: ClassVar[str] = "mistral3"
     released: ClassVar[tuple[Released, ...]] = (
         Released(
-            names=(
-                "mistralai/Mistral-Small-3.1-24B-Instruct-2503",
-                "mistralai/Mistral-Small-3.2-24B-Instruct-2506",
-            ),
+            names=("mistralai/Mistral-Small-3.1-24B-Instruct-2503",),
             structure={"longest_edge": 1540, "patch": 14, "merged": 2},
         ),
     )

@@ -162,7 +162,7 @@ def find_controls(
         tokens=tokens,
         steps=steps,
         controls=found.controls,
-        held_out=held.outcome(after, f"{len(found.controls)} features"),
+        held_out=held.outcome(after, f"{len(found.controls)} feature{'' if len(found.controls) == 1 else 's'}"),
         before=held.success(held.before[0]),
         random=random,
         mean_difference=difference,

@@ -252,10 +252,21 @@ def _map(trace: CausalTrace, part: str, layer: int, picture: Image.Image, most: 
     )
 
 
+def share(value: float) -> str:
+    """Spell a share of the answer with two decimals, for a hundredth is more than it is good for.
+
+    Example:
+        >>> share(0.6149), share(-0.2), share(-0.0001)
+        ('0.61', '\\u22120.20', '0.00')
+    """
+    text = f"{value:.2f}".replace("-", "\u2212")
+    return "0.00" if text == "\u22120.00" else text
+
+
 def _cell_words(story: TraceStory) -> str:
     cell = story.cell
     return (
-        f"{_PARTS[cell.part]} of layer {cell.layer} at “{visible(cell.label.strip())}” brings {number(cell.restored)} "
+        f"{_PARTS[cell.part]} of layer {cell.layer} at “{visible(cell.label.strip())}” brings {share(cell.restored)} "
         f"back. {story.n_active} features of the SAE at {story.hook_name} are active there."
     )
 
@@ -267,9 +278,9 @@ def _features(story: TraceStory) -> tuple[FeatureView, ...]:
             explanation=one.explanation or "not explained",
             clean=number(one.clean),
             corrupted=number(one.corrupted),
-            restored=number(one.restored),
-            ablated=number(one.ablated),
-            exchanged=number(one.exchanged),
+            restored=share(one.restored),
+            ablated=share(one.ablated),
+            exchanged=share(one.exchanged),
         )
         for one in story.features
     )
@@ -279,13 +290,13 @@ def _verdict(story: TraceStory) -> tuple[str, ...]:
     random = "nothing else is active there to compare with."
     if story.n_random:
         random = (
-            f"{story.n_random} random sets of as many other features active there take {number(story.ablated_random)} "
-            f"and {number(story.exchanged_random)} on average."
+            f"{story.n_random} random sets of as many other features active there take {share(story.ablated_random)} "
+            f"and {share(story.exchanged_random)} on average."
         )
     return (
-        f"All features of the SAE together bring {number(story.restored_all)} back; the cell itself "
-        f"{number(story.cell.restored)}. What is between them lies in what the SAE does not reconstruct.",
-        f"These {len(story.features)} together bring {number(story.restored_together)} back.",
-        f"Ablated together in the clean run, they take {number(story.ablated_together)} of the answer away; set to "
-        f"what they are in the corrupted run, {number(story.exchanged_together)}; {random}",
+        f"All features of the SAE together bring {share(story.restored_all)} back; the cell itself "
+        f"{share(story.cell.restored)}. What is between them lies in what the SAE does not reconstruct.",
+        f"These {len(story.features)} together bring {share(story.restored_together)} back.",
+        f"Ablated together in the clean run, they take {share(story.ablated_together)} of the answer away; set to "
+        f"what they are in the corrupted run, {share(story.exchanged_together)}; {random}",
     )

@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from sae_lens import SAE
 
 from sae_lens_multimodal.adapters.model import VisionLanguageModel
 from sae_lens_multimodal.hooks import controls
 from sae_lens_multimodal.hooks.control_baselines import best_vector
 from sae_lens_multimodal.hooks.control_questions import Example, Questions
-from sae_lens_multimodal.hooks.control_records import Control, Trial
+from sae_lens_multimodal.hooks.control_records import Control, Rate, Trial
 from sae_lens_multimodal.hooks.control_search import Place, Search
 from sae_lens_multimodal.hooks.controls import SearchSettings, find_controls
 from sae_lens_multimodal.hooks.read import read_activations
@@ -256,3 +257,38 @@ def test_only_positives_that_are_answered_as_wanted_make_the_mean(
     assert mixed.mean_difference.success.total == len(mixed.answers)
     assert found(silent[6:10]).mean_difference is None
     assert len(vectors) == 1
+
+
+def about(shade: int, *words: str) -> list[dict[str, Any]]:
+    """A question about a picture."""
+    picture = {"type": "image", "image": Image.new("RGB", (40, 40), (shade, 0, 0))}
+    return [{"role": "user", "content": [picture, {"type": "text", "text": " ".join(words)}]}]
+
+
+def test_what_is_asked_of_one_picture_is_on_one_side_and_counts_once(
+    model: VisionLanguageModel, last_hook: str, red: torch.Tensor
+) -> None:
+    sae = build_sae("standard", metadata={"hook_name": last_hook})
+    with torch.no_grad():
+        sae.W_dec[LOUD] = 500 * red
+    examples = [about(shade, "what", "is", word) for shade in (10, 200) for word in ("this", "blue")]
+    positives = [about(shade, "a", "circle") for shade in (10, 200, 90)]
+
+    def found(guard: list[Any]) -> Any:
+        return find_controls(
+            model, sae, examples, "red", guard=guard, positives=positives, tokens="last", settings=SETTINGS
+        )
+
+    whole = found([about(30, "is", "this"), about(60, "is", "this")])
+    assert (whole.pictures_shared, whole.n_positives, whole.n_positives_left_out) == (False, 2, 1)
+    assert whole.n_search_examples == 2
+    shades = [pair.pictures[0].getpixel((0, 0)) for pair in whole.answers]
+    assert shades[0] == shades[1] != shades[2]
+    assert whole.held_out.what == "1 feature"
+    assert whole.held_out.success == Rate(2, 2, groups=(2,))
+    assert whole.held_out.success.effective == 1
+    # two questions about one picture cannot be divided without showing it to the search
+    shared = found([about(30, "is", "this"), about(30, "is", "blue")])
+    assert shared.pictures_shared
+    assert shared.held_out.what == "1 feature, on prompts of which the search saw pictures"
+    assert shared.to_dict()["pictures_shared"] is True
