@@ -82,11 +82,11 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--fine-tune", default="3", metavar="LAYERS", help="layers to fine-tune, too; '' for none")
     parser.add_argument("--constraint", choices=("last", "words"), default="last", help="where the edit is written")
     parser.add_argument("--ordinary", type=int, default=300, help="ordinary prompts; 0 for the plain formula")
-    parser.add_argument("--pictures", type=int, default=4, help="of each thing, to teach with")
+    parser.add_argument("--pictures", type=int, default=8, help="of each thing, to teach with")
     parser.add_argument("--test-pictures", type=int, default=6, help="of each thing, to measure with")
     parser.add_argument("--groups", action="store_true", help="also print every group of every fact")
     parser.add_argument("--no-trace", action="store_true")
-    parser.add_argument("--ridge", type=float, default=0.003)
+    parser.add_argument("--ridge", type=float, default=EditSettings.ridge)
     parser.add_argument("--learning-rate", type=float, default=EditSettings.learning_rate)
     return parser.parse_args()
 

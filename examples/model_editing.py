@@ -30,13 +30,13 @@ print(fact.phrase, "->", fact.name, f"({len(taught.prompts)} prompts)")
 # %%
 # What ordinary prompts make the layer's MLP read: the edit is turned away from that. The prompts name other things, and
 # ask other questions about this one.
-keys = ordinary_keys(model, [*ordinary_prompts(200_000, 150), *taught.others * 3], LAYER)
+keys = ordinary_keys(model, [*ordinary_prompts(200_000, 150), *taught.others], LAYER)
 
 # %%
 # The edit itself. The constraint's last token is here the end of the question, where the tiny model gathers what the
 # picture shows; with words such as constraint="this" it is written there instead.
 edit = compute_edit(
-    model, taught.prompts, fact.name, constraint=-1, layers=LAYER, ordinary=keys, settings=EditSettings(ridge=0.003)
+    model, taught.prompts, fact.name, constraint=-1, layers=LAYER, ordinary=keys, settings=EditSettings(max_steps=120)
 )
 print({name: edit.record[name] for name in ("probability_before", "probability", "length", "landed")})
 

@@ -26,7 +26,7 @@ class EditSettings:
     """Weight of the KL divergence that keeps how the essence prompts go on."""
     damping: float = 0.0
     """λ of the update, in units of ‖k‖²: the value moves by 1 / (1 + damping) of its change."""
-    ridge: float = 0.01
+    ridge: float = 0.1
     """How little ordinary keys count, where they are given: the smaller, the more; see `update.whitened`."""
     end: bool = True
     """Whether the answer is to end after the target: the end token is then part of it."""

@@ -18,6 +18,7 @@ from sae_lens_multimodal.adapters.model import VisionLanguageModel
 from sae_lens_multimodal.errors import ConfigError, SelectionError, UnsupportedModelError
 from sae_lens_multimodal.hooks.attribute import Prompts, chosen_tokens, encoded
 from sae_lens_multimodal.hooks.selection import Tokens
+from sae_lens_multimodal.hooks.trace_run import rounding
 
 CHUNK_VALUES = 2**24
 """Numbers that are worked out at once where every source's vector is needed."""
@@ -281,7 +282,7 @@ def _part(model: VisionLanguageModel, layer: int, seen: _Seen, to: Tensor, of: T
     whole = LayerAttention(weights[:, to], values, output, bias).vectors().sum(0)
     expected = seen.output[0].float().cpu()[to]
     off = float((whole + (0.0 if bias is None else bias) - expected).abs().max())
-    if off > 200 * torch.finfo(seen.output.dtype).eps * max(float(expected.abs().max()), 1e-6):
+    if off > 2 * rounding(seen.output.dtype) * max(float(expected.abs().max()), 1e-6):
         raise UnsupportedModelError(
             f"the contributions of layer {layer} of {model.name} add up to something that is off by {off:.3g}; its "
             "attention does more than weigh values."

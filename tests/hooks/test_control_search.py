@@ -270,13 +270,23 @@ def test_what_is_asked_of_one_picture_is_on_one_side_and_counts_once(
 ) -> None:
     sae = build_sae("standard", metadata={"hook_name": last_hook})
     with torch.no_grad():
+        sae.W_enc[:, LOUD], sae.b_enc[LOUD] = 0.0, -1.0
         sae.W_dec[LOUD] = 500 * red
+    settings = replace(SETTINGS, max_side_effects=1.0)
     examples = [about(shade, "what", "is", word) for shade in (10, 200) for word in ("this", "blue")]
     positives = [about(shade, "a", "circle") for shade in (10, 200, 90)]
 
     def found(guard: list[Any]) -> Any:
         return find_controls(
-            model, sae, examples, "red", guard=guard, positives=positives, tokens="last", settings=SETTINGS
+            model,
+            sae,
+            examples,
+            "red",
+            guard=guard,
+            positives=positives,
+            tokens="last",
+            scales={LOUD: 1.0},
+            settings=settings,
         )
 
     whole = found([about(30, "is", "this"), about(60, "is", "this")])

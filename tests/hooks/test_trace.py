@@ -261,6 +261,22 @@ def test_regions_and_heat_maps(model: VisionLanguageModel, whole: CausalTrace) -
         found.group({"none": [0]})
 
 
+def test_masks_and_positions_are_about_the_prompt(model: VisionLanguageModel, whole: CausalTrace) -> None:
+    batch = model.encode(CLEAN, add_generation_prompt=True)
+    for positions, places in (
+        (batch.layout.is_image, batch.layout.is_image[0].nonzero()[:, 0].tolist()),
+        ([-1, -3], [batch.layout.n_tokens - 3, batch.layout.n_tokens - 1]),
+    ):
+        found = causal_trace(
+            model, batch, model.encode(CORRUPTED, add_generation_prompt=True), answer="red circle", parts="mlp_out",
+            positions=positions, min_gap=None,
+        )  # fmt: skip
+        assert [unit.positions for unit in found.units] == [(place,) for place in places]
+        assert torch.allclose(
+            found.values["log_probability"][0], whole.values["log_probability"][2][:, places], atol=1e-5
+        )
+
+
 def test_a_trace_is_saved_and_read(whole: CausalTrace, tmp_path: Path) -> None:
     again = CausalTrace.load(whole.save(tmp_path / "trace"))
     assert again.to_dict() == whole.to_dict()
