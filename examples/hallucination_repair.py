@@ -24,8 +24,8 @@ if not folder.exists():
 sae = SAE.load_from_disk(folder)
 
 # %%
-# Questions about absent objects, half of which are in the picture, and about objects that are there. Ask more of what is
-# to stay than of what is to change: a harm of 2% does not show in 20 answers.
+# Questions about absent objects, half of which are in the picture, and about objects that are there. Ask more of what
+# is to stay than of what is to change: a harm of 2% does not show in 20 answers.
 asked = [*absent_prompts("adversarial", first_seed=1000, n=40), *present_prompts(first_seed=5000, n=160)]
 answers = model.answer([one.conversation for one in asked], max_new_tokens=2)
 wrong = [one for one, answer in zip(asked, answers, strict=True) if one.answer == "no" and answer == "yes"]
