@@ -16,6 +16,7 @@ from sae_lens_multimodal import (
     measure_edit,
     ordinary_keys,
     save_edit,
+    save_edited,
 )
 from sae_lens_multimodal.scenes import model_folder
 from sae_lens_multimodal.scenes.edit_cases import FACTS, ask, edit_cases, lesson, ordinary_prompts, thing_pictures

@@ -129,7 +129,7 @@ class AyaVision(Family):
         config = AyaVisionConfig(
             text_config=tiny_llama(tokenizer, kind="cohere2", layer_norm_eps=1e-5),
             vision_config=SiglipVisionConfig(**tiny_tower(tile, patch_size), vision_use_head=False),
-            image_token_index=tokenizer.convert_tokens_to_ids("<|IMG_PATCH|>"),
+            image_token_index=tokenizer.get_vocab()["<|IMG_PATCH|>"],
             architectures=["AyaVisionForConditionalGeneration"],
         )
         processor = AyaVisionProcessor(

@@ -76,7 +76,7 @@ class Family(ABC):
         self.processor = processor
 
     @classmethod
-    def of(cls, module: Any, processor: Any) -> Self:  # noqa: ANN401 - any transformers model and processor
+    def of(cls, module: Any, processor: Any) -> Family:  # noqa: ANN401 - any transformers model and processor
         """Return the adapter of a loaded model."""
         return cls(module.config, processor)
 
@@ -211,11 +211,11 @@ class Family(ABC):
 
     @classmethod
     @abstractmethod
-    def random_model(cls, seed: int = 0, **structure: Any) -> tuple[Any, Any]:  # noqa: ANN401 - whatever `Released` says
+    def random_model(cls, *args: Any, **structure: Any) -> tuple[Any, Any]:  # noqa: ANN401 - see below
         """Return a tiny model with random weights and its processor, made offline, for tests.
 
         Args:
-            seed: of the weights.
+            *args: `seed`, of the weights; 0 by default.
             **structure: what `released` gives; the widths and the number of layers stay tiny.
         """
 

@@ -140,7 +140,7 @@ class InternVl(Family):
         config = InternVLConfig(
             text_config=tiny_llama(tokenizer, kind="qwen2"),
             vision_config=tiny_tower(tile, patch_size),
-            image_token_id=tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"),
+            image_token_id=tokenizer.get_vocab()["<IMG_CONTEXT>"],
             image_seq_length=length,
             architectures=["InternVLForConditionalGeneration"],
         )

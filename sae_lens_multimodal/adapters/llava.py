@@ -132,7 +132,7 @@ def _random(
     tokenizer = word_tokenizer()
     has_class = tower == "clip_vision_model"
     settings = tiny_tower(image_size, patch_size)
-    strategy = "default" if has_class else "full"
+    strategy: Literal["default", "full"] = "default" if has_class else "full"
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(**settings)
         if has_class

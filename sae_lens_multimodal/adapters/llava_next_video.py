@@ -44,7 +44,7 @@ class LlavaNextVideo(AnyresFamily):
     def processor_class(cls) -> Any:  # noqa: ANN401 - transformers' own
         """Return what loads its processor: without the video part, where torchvision lacks."""
         from transformers import AutoProcessor
-        from transformers.utils import is_torchvision_available
+        from transformers.utils.import_utils import is_torchvision_available
 
         return AutoProcessor if is_torchvision_available() else _picture_processor()
 

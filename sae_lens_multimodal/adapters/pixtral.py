@@ -18,7 +18,7 @@ from transformers.models.pixtral.image_processing_pil_pixtral import (
     PixtralImageProcessorPil,
     get_resize_output_image_size,
 )
-from transformers.utils import is_torchvision_available
+from transformers.utils.import_utils import is_torchvision_available
 
 from sae_lens_multimodal.adapters.family import Family, ImageTokens
 from sae_lens_multimodal.adapters.grid import before_resize, grid_edges, height_width, whole_picture
@@ -227,11 +227,7 @@ def random_pixtral_parts(longest_edge: int, patch: int, merged: int) -> tuple[An
 
     control = (*CONTROL[:-1], "[IMG]", "[IMG_BREAK]", "[IMG_END]")
     tokenizer = word_tokenizer(control, image_token="[IMG]")
-    if is_torchvision_available():
-        from transformers import PixtralProcessor
-    else:
-        PixtralProcessor = pixtral_processor()
-    processor = PixtralProcessor(
+    processor = pixtral_processor()(
         PixtralImageProcessorPil(size={"longest_edge": longest_edge}, patch_size={"height": patch, "width": patch}),
         tokenizer,
         patch_size=patch,

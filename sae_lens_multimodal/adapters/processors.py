@@ -6,7 +6,7 @@ from functools import cache
 from typing import Any
 
 from transformers import AutoProcessor
-from transformers.utils import is_torchvision_available
+from transformers.utils.import_utils import is_torchvision_available
 
 
 def picture_processor(processor_class: type[Any]) -> Any:  # noqa: ANN401 - a class with `from_pretrained`
@@ -18,7 +18,7 @@ def picture_processor(processor_class: type[Any]) -> Any:  # noqa: ANN401 - a cl
 
 
 @cache
-def without_video(processor_class: type[Any]) -> type[Any]:
+def without_video(processor_class: Hashable) -> type[Any]:
     """Return the same processor class without its video part, under the same name so that what it saves is the same.
 
     It takes and saves what the class itself does; the class must take its image part and tokenizer first.

@@ -247,7 +247,7 @@ def tiny_qwen(
         max_pixels: larger pictures are shrunk to about this many pixels.
     """
     tokenizer = word_tokenizer((*CONTROL, "<vision_start>", "<vision_end>"))
-    image, start, end = tokenizer.convert_tokens_to_ids(["<image>", "<vision_start>", "<vision_end>"])
+    image, start, end = (tokenizer.get_vocab()[one] for one in ("<image>", "<vision_start>", "<vision_end>"))
     common = tiny_text(tokenizer)
     common |= {
         "head_dim": common["hidden_size"] // common["num_attention_heads"],

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, final
 
 from transformers import AutoProcessor, SmolVLMForConditionalGeneration, SmolVLMImageProcessorPil, SmolVLMProcessor
 from transformers.processing_utils import ProcessorMixin
-from transformers.utils import is_num2words_available, is_torchvision_available
+from transformers.utils.import_utils import is_num2words_available, is_torchvision_available
 
 from sae_lens_multimodal.adapters.family import Released
 from sae_lens_multimodal.adapters.idefics_tiles import IdeficsTiles, tiny_idefics

@@ -91,7 +91,7 @@ def _random(seed: int, image_size: int = 48, patch_size: int = 8, crop: bool = F
         vision_config=CLIPVisionConfig(**tiny_tower(image_size, patch_size)),
         text_config=tiny_llama(processor.tokenizer),
         image_token_index=CONTROL.index("<image>"),
-        vision_feature_layers=[-1, -2, 1],
+        vision_feature_layer=[-1, -2, 1],
         architectures=["VipLlavaForConditionalGeneration"],
     )
     return finished(VipLlavaForConditionalGeneration(config), processor.tokenizer, seed), processor

@@ -73,7 +73,7 @@ def trace(options: Namespace) -> None:
         sys.stdout.write("\n".join([*trace_lines(found.trace, options.top), *story_lines(found)]) + "\n")
     else:
         parts = [one.strip() for one in options.parts.split(",")]
-        metric = options.metric or "probability"
+        metric: MetricName = options.metric or "probability"
         found = causal_trace(model, question, corruption, parts=parts, window=options.window, metric=metric, **shared)
         sys.stdout.write("\n".join(trace_lines(found, options.top)) + "\n")
     if options.output is not None:

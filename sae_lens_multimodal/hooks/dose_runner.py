@@ -44,8 +44,8 @@ class DoseRunner:
         """
         self.model, self.sae, self.rows, self.settings = model, sae, rows, settings
         self.selection = TokenSelection.check(settings["tokens"], settings["steps"], model.family)
-        steer(model, sae, rows, **settings)  # type: ignore[arg-type]
-        self.part = steering_part(model, sae, rows, settings["hook_name"], settings["error"])  # type: ignore[arg-type]
+        steer(model, sae, rows, **settings)
+        self.part = steering_part(model, sae, rows, settings["hook_name"], settings["error"])
 
     def logits(
         self, prompt: Conversation, ids: Sequence[int], bar: tqdm[Any]
@@ -74,7 +74,7 @@ class DoseRunner:
         steered, batch = self.model, whole
         if mask is not None:
             settings = {**self.settings, "tokens": mask[0], "steps": "prefill"}
-            steered = steer(self.model, self.sae, self.rows, **settings)  # type: ignore[arg-type]
+            steered = steer(self.model, self.sae, self.rows, **settings)
             batch = repeat_batch(self.model, whole, len(self.rows))
         logits: Tensor = steered.trace(**shortened(self.model, batch, n_predicted), trace=False).logits
         return logits[:, -n_predicted:]
