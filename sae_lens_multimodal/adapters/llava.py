@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, final
+from typing import Any, ClassVar, Literal, final
 
 from sae_lens_multimodal.adapters.family import Family, ImageTokens, Released
 from sae_lens_multimodal.adapters.grid import view_of

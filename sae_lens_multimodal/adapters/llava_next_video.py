@@ -59,7 +59,7 @@ def _picture_processor() -> type[Any]:
     """Return the processor's class without its video part, which otherwise comes first and needs torchvision."""
     from transformers import LlavaNextVideoProcessor as Whole
 
-    class LlavaNextVideoProcessor(Whole):  # type: ignore[misc] # untyped; what it saves bears its name
+    class LlavaNextVideoProcessor(Whole):  # what it saves bears its name
         def __init__(
             self,
             image_processor: Any = None,  # noqa: ANN401 - transformers' own

@@ -176,7 +176,7 @@ def _random(seed: int, side: int = 48, patch: int = 8, text: str = "gemma2") -> 
     tokenizer = processor.tokenizer
     more = {"query_pre_attn_scalar": 12, "sliding_window": 64} if text == "gemma2" else {}
     config = PaliGemmaConfig(
-        vision_config=SiglipVisionConfig(**tiny_tower(side, patch), vision_use_head=False, projection_dim=48),
+        vision_config=SiglipVisionConfig(**{**tiny_tower(side, patch), "vision_use_head": False, "projection_dim": 48}),
         text_config=tiny_llama(tokenizer, kind=text, head_dim=12, **more),
         image_token_index=CONTROL.index("<image>"),
         projection_dim=48,

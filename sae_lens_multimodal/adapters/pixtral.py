@@ -115,12 +115,19 @@ class PixtralFamily(Family, ABC):
 
 @cache
 def pixtral_processor() -> Any:  # noqa: ANN401 - a class with `from_pretrained`
-    """Return what loads a Pixtral processor, also where torchvision lacks.
+    """Return what loads a Pixtral processor, also where torchvision lacks."""
+    return AutoProcessor if is_torchvision_available() else _processor_class()
+
+
+def _processor_class() -> Any:  # noqa: ANN401 - transformers' own
+    """Return the class itself.
 
     Its module takes a function from the image processor for torchvision that the one for PIL has just the same.
     """
     if is_torchvision_available():
-        return AutoProcessor
+        from transformers import PixtralProcessor as Whole
+
+        return Whole
     module = "transformers.models.pixtral.image_processing_pixtral"
     sys.modules[module] = image_processing_pil_pixtral
     try:
@@ -227,7 +234,7 @@ def random_pixtral_parts(longest_edge: int, patch: int, merged: int) -> tuple[An
 
     control = (*CONTROL[:-1], "[IMG]", "[IMG_BREAK]", "[IMG_END]")
     tokenizer = word_tokenizer(control, image_token="[IMG]")
-    processor = pixtral_processor()(
+    processor = _processor_class()(
         PixtralImageProcessorPil(size={"longest_edge": longest_edge}, patch_size={"height": patch, "width": patch}),
         tokenizer,
         patch_size=patch,

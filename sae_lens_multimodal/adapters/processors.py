@@ -9,7 +9,7 @@ from transformers import AutoProcessor
 from transformers.utils.import_utils import is_torchvision_available
 
 
-def picture_processor(processor_class: type[Any]) -> Any:  # noqa: ANN401 - a class with `from_pretrained`
+def picture_processor(processor_class: Any) -> Any:  # noqa: ANN401 - a class with `from_pretrained`
     """Return what loads a processor: transformers' own choice, or without its video part where torchvision lacks.
 
     transformers refuses to load a processor whose video part needs torchvision, even for pictures alone.
@@ -18,7 +18,7 @@ def picture_processor(processor_class: type[Any]) -> Any:  # noqa: ANN401 - a cl
 
 
 @cache
-def without_video(processor_class: Hashable) -> type[Any]:
+def without_video(processor_class: Any) -> type[Any]:  # noqa: ANN401 - a class
     """Return the same processor class without its video part, under the same name so that what it saves is the same.
 
     It takes and saves what the class itself does; the class must take its image part and tokenizer first.

@@ -46,7 +46,7 @@ class SmolVlm(IdeficsTiles):
         return tiny_idefics(*classes, seed, **structure)
 
 
-class _PictureProcessor(SmolVLMProcessor):  # type: ignore[misc, no-any-unimported]
+class _PictureProcessor(SmolVLMProcessor):
     """The processor for pictures alone: the original insists on num2words, which only writes the lengths of videos."""
 
     def __init__(

@@ -142,7 +142,7 @@ def _mixture(options: Namespace) -> Mixture:
     entries = found.get("dataset_mixture") if isinstance(found, dict) else found
     if not isinstance(entries, list):
         raise ConfigError(f"{options.mixture} holds no list; expected entries with path and weight.")
-    stop = found.get("mixture_stop", "all_exhausted") if isinstance(found, dict) else "all_exhausted"
+    stop: Any = found.get("mixture_stop", "all_exhausted") if isinstance(found, dict) else "all_exhausted"
     return open_mixture(entries, seed=options.seed, stop=stop, split=options.split)
 
 

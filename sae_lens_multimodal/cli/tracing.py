@@ -13,7 +13,7 @@ from sae_lens_multimodal.errors import ConfigError
 if TYPE_CHECKING:
     from sae_lens_multimodal.adapters.model import VisionLanguageModel
     from sae_lens_multimodal.hooks.trace_corruptions import Corruption
-    from sae_lens_multimodal.hooks.trace_result import CausalTrace
+    from sae_lens_multimodal.hooks.trace_result import CausalTrace, MetricName
     from sae_lens_multimodal.hooks.trace_story import TraceStory
 
 Commands = argparse._SubParsersAction  # the only name argparse has for it

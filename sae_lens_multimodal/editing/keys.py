@@ -52,7 +52,7 @@ def ordinary_keys(
         EditError: there is no prompt, or fewer keys are asked for than there are kinds.
         SelectionError: no token was chosen.
     """
-    kinds = [None, said, "last"] if tokens is None else [tokens]
+    kinds: list[Tokens | None] = [None, said, "last"] if tokens is None else [tokens]
     if not conversations or n_keys < len(kinds):
         raise EditError(
             f"Got {len(conversations)} ordinary prompts and n_keys={n_keys}; expected at least one prompt and "

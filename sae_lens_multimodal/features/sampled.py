@@ -118,7 +118,7 @@ def with_pictures(prompt: StoredPrompt) -> Conversation:
     """A stored prompt's messages with its pictures in their places."""
     pictures = iter(prompt.images)
     return [
-        {**message, "content": _opened(message["content"], pictures)}  # type: ignore[typeddict-item]
+        {**message, "content": _opened(message["content"], pictures)}
         for message in prompt.messages
     ]
 
