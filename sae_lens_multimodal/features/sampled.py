@@ -117,10 +117,7 @@ def _chosen(part: pa.Table, features: pa.Array, n_examples: int) -> pa.Table:
 def with_pictures(prompt: StoredPrompt) -> Conversation:
     """A stored prompt's messages with its pictures in their places."""
     pictures = iter(prompt.images)
-    return [
-        {**message, "content": _opened(message["content"], pictures)}
-        for message in prompt.messages
-    ]
+    return [{**message, "content": _opened(message["content"], pictures)} for message in prompt.messages]
 
 
 def _opened(content: Any, pictures: Iterator[Any]) -> Any:  # noqa: ANN401 - whatever a chat message holds
