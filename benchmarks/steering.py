@@ -122,7 +122,7 @@ def measure(
             tracer.result.save()
 
     def curve() -> object:
-        return dose_response(model, sae, FEATURE, question, "yes", strengths=strengths)
+        return dose_response(model, sae, FEATURE, question, "yes", strengths=strengths, unit=1.0)
 
     runs = {
         "generation, no hook": plain,
