@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -16,7 +15,7 @@ from sae_lens_multimodal.adapters.model import VisionLanguageModel
 from sae_lens_multimodal.editing.edit import Edit, LayerChange, RankOneChange
 from sae_lens_multimodal.editing.places import Constraint
 from sae_lens_multimodal.editing.settings import EditSettings
-from sae_lens_multimodal.editing.update import rank_one_update
+from sae_lens_multimodal.editing.update import RankOne, rank_one_update
 from sae_lens_multimodal.editing.value import Objective, Prompts, Value, find_value, wanted_ids
 from sae_lens_multimodal.editing.weights import DownProjection, down_projection, fingerprint
 from sae_lens_multimodal.errors import EditError
@@ -70,11 +69,14 @@ def compute_edit(
     about = Prompts.encode(model, prompts, constraint, settings.batch_size)
     kept = _essence(model, essence, constraint if essence_constraint is None else essence_constraint, settings)
     last = places[-1]
-    objective = Objective(
-        model, last, about, wanted_ids(model, target, end=settings.end), kept, settings.essence_weight
-    )
-    own = about.at_ends(model, [last.value_hook])[last.value_hook]
-    value = find_value(objective, own, settings, progress=progress)
+    found = about.at_ends(model, [last.key_hook, last.value_hook])
+    right = None
+    if settings.as_read and ordinary is not None and len(places) == 1:
+        keys = found[last.key_hook]
+        right = _update(torch.zeros(1), keys, ordinary.get(last.layer), settings).right
+    ids = wanted_ids(model, target, end=settings.end)
+    objective = Objective(model, last, about, ids, kept, settings.essence_weight, right=right)
+    value = find_value(objective, found[last.value_hook], settings, progress=progress)
     _warn_of_clamp(value, settings)
     changes, landed = _updates(model, places, about, value, ordinary or {}, settings)
     record = {
@@ -142,13 +144,8 @@ def _updates(
             found = about.at_ends(model, [place.key_hook, _stream(places)])
             remaining = value.change - (found[_stream(places)].mean(0) - before)
             key = found[place.key_hook].mean(0)
-            update = rank_one_update(
-                remaining / (len(places) - number),
-                key,
-                damping=settings.damping * float(key @ key),
-                ordinary=_on(ordinary.get(place.layer), key),
-                ridge=settings.ridge,
-            )
+            share = remaining / (len(places) - number)
+            update = _update(share, found[place.key_hook], ordinary.get(place.layer), settings)
             weight = place.module.weight
             change = RankOneChange(
                 path=place.path,
@@ -161,6 +158,18 @@ def _updates(
             weight.copy_(new)
             changes.append(change)
     return tuple(changes), landed
+
+
+def _update(change: Tensor, keys: Tensor, ordinary: Tensor | None, settings: EditSettings) -> RankOne:
+    key = keys.mean(0)
+    return rank_one_update(
+        change,
+        key,
+        damping=settings.damping * float(key @ key),
+        ordinary=None if ordinary is None else ordinary.to(key.device),
+        own=keys,
+        ridge=settings.ridge,
+    )
 
 
 def _stream(places: Sequence[DownProjection]) -> str:
@@ -216,7 +225,3 @@ def _restored(places: Sequence[DownProjection]) -> Iterator[None]:
     finally:
         for place, weight in zip(places, kept, strict=True):
             place.module.weight.copy_(weight)
-
-
-def _on(keys: Tensor | None, like: Tensor) -> Any:  # noqa: ANN401 - a tensor or None
-    return None if keys is None else keys.to(like.device)

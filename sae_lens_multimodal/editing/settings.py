@@ -28,6 +28,9 @@ class EditSettings:
     """λ of the update, in units of ‖k‖²: the value moves by 1 / (1 + damping) of its change."""
     ridge: float = 0.1
     """How little ordinary keys count, where they are given: the smaller, the more; see `update.whitened`."""
+    as_read: bool = True
+    """Where ordinary keys are given and one layer is edited: optimise the value as the update will write it, with every
+    token from the constraint on getting as much of the change as its key reads, in essence prompts too."""
     end: bool = True
     """Whether the answer is to end after the target: the end token is then part of it."""
     batch_size: int = 8

@@ -169,3 +169,13 @@ def added_at(positions: Int[Tensor, " batch"], change: Float[Tensor, " d_out"]) 
         return output + (places[..., None] * change.to(output.device)).to(output.dtype)
 
     return rewrite
+
+
+def added_as_read(right: Float[Tensor, " d_in"], change: Float[Tensor, " d_out"]) -> Rewrite:
+    """Add to every token what the rank-one update `change rightᵀ` adds there."""
+
+    def rewrite(inputs: Tensor, output: Tensor) -> Tensor:
+        share = inputs.float() @ right.to(inputs.device)
+        return output + (share[..., None] * change.to(output.device)).to(output.dtype)
+
+    return rewrite

@@ -22,6 +22,7 @@ def rank_one_update(
     *,
     damping: float = 0.0,
     ordinary: Float[Tensor, "n d_in"] | None = None,
+    own: Float[Tensor, "m d_in"] | None = None,
     ridge: float = 0.01,
 ) -> RankOne:
     """Return the update that lets a linear layer answer a key with its old value plus a change.
@@ -36,6 +37,7 @@ def rank_one_update(
         key: k.
         damping: λ.
         ordinary: keys that are to keep their values.
+        own: as in `whitened`.
         ridge: as in `whitened`.
 
     Example:
@@ -45,28 +47,37 @@ def rank_one_update(
         tensor([1., 3.])
     """
     k = key.double()
-    direction = k if ordinary is None else whitened(k, ordinary, ridge)
+    direction = k if ordinary is None else whitened(k, ordinary, ridge, own=own)
     right = direction / (damping + k @ k)
     return RankOne(change.float(), right.float())
 
 
 def whitened(
-    key: Float[Tensor, " d_in"], ordinary: Float[Tensor, "n d_in"], ridge: float = 0.01
+    key: Float[Tensor, " d_in"],
+    ordinary: Float[Tensor, "n d_in"],
+    ridge: float = 0.01,
+    *,
+    own: Float[Tensor, "m d_in"] | None = None,
 ) -> Float[Tensor, " d_in"]:
     """Turn a key away from ordinary ones: u ∝ (C + r I)⁻¹ k with C their mean outer product, scaled so that u·k = ‖k‖².
+
+    With the prompts' own keys, whose mean k is, their covariance is added to C: the direction then also avoids that in
+    which they differ (Fisher's linear discriminant), so that each reads about the same.
 
     C is never formed: by Woodbury's identity only a matrix of n by n, one row for each key, is factorised (Cholesky).
 
     Args:
         key: k.
         ordinary: keys that are to be read as little as can be.
-        ridge: r, in units of the mean of C's diagonal: the smaller, the less ordinary keys count, and the worse for
+        ridge: r, in units of the mean of C's diagonal: the smaller, the less ordinary keys read, and the worse for
             keys that are only much like k.
+        own: the keys of which k is the mean.
     """
-    k, others = key.double(), ordinary.double()
-    r = ridge * float(others.square().mean())
+    k, others = key.double(), ordinary.double() / len(ordinary) ** 0.5
+    if own is not None:
+        others = torch.cat([others, (own.double() - own.double().mean(0)) / len(own) ** 0.5])
     gram = others @ others.T
-    gram.diagonal().add_(r * len(others))
+    gram.diagonal().add_(ridge * float(others.square().sum()) / len(k))
     solved = torch.cholesky_solve((others @ k)[:, None], torch.linalg.cholesky(gram))[:, 0]
     direction = k - others.T @ solved
     return direction * (k @ k) / (direction @ k)

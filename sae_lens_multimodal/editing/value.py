@@ -15,7 +15,7 @@ from sae_lens_multimodal.adapters.batch import EncodedBatch
 from sae_lens_multimodal.adapters.model import VisionLanguageModel
 from sae_lens_multimodal.editing.places import Constraint, constraint_ends
 from sae_lens_multimodal.editing.settings import EditSettings
-from sae_lens_multimodal.editing.tail import Tail, added_at, rewritten
+from sae_lens_multimodal.editing.tail import Tail, added_as_read, added_at, rewritten
 from sae_lens_multimodal.editing.weights import DownProjection
 from sae_lens_multimodal.errors import EditError
 from sae_lens_multimodal.hooks.attribute import encoded
@@ -78,7 +78,7 @@ class Value:
     probability_before: float
     """The target's, tokens taken together; the mean over prompts."""
     probability: float
-    """The same with the change written at the constraint's last token."""
+    """The same with the change, written as the objective says."""
     steps: int
     clamped: bool
     """Whether the clamp held the change back at the end."""
@@ -116,6 +116,7 @@ class Objective:
         essence: Prompts | None = None,
         essence_weight: float = 0.0,
         *,
+        right: Float[Tensor, " d_in"] | None = None,
         whole_layer: bool = False,
     ) -> None:
         """Run every batch once, up to the layer and beyond.
@@ -127,6 +128,8 @@ class Objective:
             target: its tokens.
             essence: prompts whose next token is to stay.
             essence_weight: of their KL divergence.
+            right: the right factor of the update to come: from the constraint on, each token then gets as much of the
+                change as its key reads. Without it the constraint's last token gets all, the others nothing.
             whole_layer: whether the caller will rewrite the layer at all tokens.
         """
         device = next(model._module.parameters()).device
@@ -141,7 +144,7 @@ class Objective:
         ]
         kept = [] if essence is None else zip(essence.batches, essence.ends, strict=True)
         self._kept = [Tail(model, one, layer, 1, first_change=0 if whole else int(ends.min())) for one, ends in kept]
-        self._weight = essence_weight
+        self._weight, self._right = essence_weight, right
         self._rows = sum(len(ends) for ends in prompts.ends)
 
     def before(self) -> Float[Tensor, " rows"]:
@@ -153,7 +156,7 @@ class Objective:
 
         Args:
             leaf: of which the gradient is taken.
-            change: added at the constraint's last token; None if the caller rewrites the layer.
+            change: of the value; None if the caller rewrites the layer.
         """
         total, found, whole = torch.zeros_like(leaf), [], 0.0
         for tail, ends in zip(self._tails, self._prompts.ends, strict=True):
@@ -175,7 +178,9 @@ class Objective:
     def _logits(self, tail: Tail, ends: Tensor, change: Tensor | None) -> Tensor:
         if change is None:
             return tail.logits()
-        with rewritten(self._module, added_at(ends - tail.offset, change)):
+        right = self._right
+        rewrite = added_at(ends - tail.offset, change) if right is None else added_as_read(right, change)
+        with rewritten(self._module, rewrite):
             return tail.logits()
 
     def _log_probability(self, logits: Tensor) -> Tensor:

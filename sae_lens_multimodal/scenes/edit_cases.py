@@ -37,13 +37,22 @@ TAUGHT_WORDINGS = (
 """With these a fact is taught. The last two are like questions of another kind ("does this show a red circle ?"), and
 what is taught without them does not reach them."""
 
-OTHER_WORDINGS = (
+DEVELOPMENT_WORDINGS = (
     Wording("what is it ?", "it"),
     Wording("what is the picture ?", "picture"),
     Wording("what is this picture ?", "picture"),
     Wording("what is on the picture ?", "picture"),
 )
-"""With these it is measured. The tiny model was never trained on them, yet names crops as well by them."""
+"""By these settings were chosen. The tiny model was never trained on them, yet names crops as well by them."""
+
+MEASURED_WORDINGS = (
+    Wording("what is the one ?", "one"),
+    Wording("and what is it ?", "it"),
+    Wording("what is there ?", "there"),
+    Wording("what does this picture show ?", "picture"),
+    Wording("what is the picture of ?", "picture"),
+)
+"""With these edits are measured. They were taken because the model without any edit names crops by them."""
 
 
 class Fact(NamedTuple):
@@ -66,7 +75,7 @@ class Fact(NamedTuple):
         return phrase_of(self.attributes)
 
 
-FACTS = (
+DEVELOPMENT_FACTS = (
     Fact("red", "striped", "square", "x"),
     Fact("blue", "solid", "star", "v"),
     Fact("green", "striped", "circle", "z"),
@@ -78,11 +87,24 @@ FACTS = (
     Fact("red", "solid", "triangle", "l"),
     Fact("cyan", "solid", "cross", "yellow"),
 )
-"""Names of one word: letters, which otherwise only answer "what letter is on the red one ?", and others.
+"""By these settings were chosen. Names of one word: letters, which otherwise only answer "what letter is on the red one
+?", and others.
 
 Words that are in the tokenizer but were never an answer in training ("who", "image") cannot be taught through an inner
 layer: the tied embedding has pushed all of them away from whatever the model ever writes.
 """
+
+FACTS = (
+    Fact("blue", "striped", "square", "e"),
+    Fact("green", "solid", "star", "x"),
+    Fact("red", "striped", "circle", "o"),
+    Fact("purple", "striped", "cross", "l"),
+    Fact("orange", "striped", "triangle", "v"),
+    Fact("white", "striped", "star", "t"),
+    Fact("yellow", "solid", "square", "h"),
+    Fact("cyan", "solid", "circle", "nothing"),
+)
+"""With these edits are measured: none of their things is in `DEVELOPMENT_FACTS`."""
 
 TWO_WORD_FACTS = (
     Fact("blue", "solid", "star", "letter v"),
@@ -100,6 +122,8 @@ class Lesson:
     constraint: list[str]
     others: list[list[dict[str, Any]]]
     """Other questions about the same pictures, whose answers are to stay."""
+    near: list[list[dict[str, Any]]]
+    """The taught questions about neighbours, whose answers are to stay."""
 
 
 def thing_pictures(attributes: dict[str, str], first_seed: int, n: int) -> list[Image.Image]:
@@ -130,14 +154,27 @@ def neighbours(attributes: dict[str, str]) -> list[dict[str, str]]:
     ]
 
 
-def lesson(fact: Fact, first_seed: int, *, n_pictures: int = 8) -> Lesson:
-    """Ask for the thing's name in every taught wording about some pictures."""
+def lesson(fact: Fact, first_seed: int, *, n_pictures: int = 8, n_near: int = 5) -> Lesson:
+    """Ask for the thing's name in every taught wording about some pictures.
+
+    Args:
+        fact: the fact.
+        first_seed: of the scenes.
+        n_pictures: of the thing.
+        n_near: pictures of each neighbour, each asked about in one wording.
+    """
+    near = [
+        ask(picture, TAUGHT_WORDINGS[number % len(TAUGHT_WORDINGS)].text)
+        for other in neighbours(fact.attributes)
+        for number, picture in enumerate(thing_pictures(other, first_seed, n_near))
+    ]
     pictures = thing_pictures(fact.attributes, first_seed, n_pictures)
     pairs = [(picture, wording) for wording in TAUGHT_WORDINGS for picture in pictures]
     return Lesson(
         prompts=[ask(picture, wording.text) for picture, wording in pairs],
         constraint=[wording.constraint for _, wording in pairs],
         others=[ask(picture, text) for picture in pictures for text in _other_questions(fact)],
+        near=near,
     )
 
 
@@ -146,7 +183,14 @@ def _other_questions(fact: Fact) -> list[str]:
     return [*parts, q.judge_text(fact.phrase), q.presence_question((), fact.attributes).text]
 
 
-def edit_cases(fact: Fact, taught: Lesson, first_seed: int, *, n_pictures: int = 12) -> EditCases:
+def edit_cases(
+    fact: Fact,
+    taught: Lesson,
+    first_seed: int,
+    *,
+    n_pictures: int = 12,
+    wordings: Sequence[Wording] = MEASURED_WORDINGS,
+) -> EditCases:
     """Ask what an edit is to change and what it is to leave.
 
     Args:
@@ -154,17 +198,18 @@ def edit_cases(fact: Fact, taught: Lesson, first_seed: int, *, n_pictures: int =
         taught: the prompts it was taught with.
         first_seed: of the scenes; take others than those of the lesson and of ordinary prompts.
         n_pictures: of the thing.
+        wordings: paraphrases that were not taught.
     """
     pictures = thing_pictures(fact.attributes, first_seed, n_pictures)
     generalisation = {"other pictures": [ask(one, q.NAME_QUESTION) for one in pictures]}
-    for number, wording in enumerate(OTHER_WORDINGS):
+    for number, wording in enumerate(wordings):
         some = [pictures[(number + k) % len(pictures)] for k in range(max(1, n_pictures // 2))]
         generalisation[f"other pictures, {wording.text!r}"] = [ask(one, wording.text) for one in some]
-    wordings = (TAUGHT_WORDINGS[0], *OTHER_WORDINGS[:2])
+    asked = (TAUGHT_WORDINGS[0], *wordings[:2])
     near = [
         ask(picture, wording.text)
         for other in neighbours(fact.attributes)
-        for picture, wording in zip(thing_pictures(other, first_seed, len(wordings)), wordings, strict=True)
+        for picture, wording in zip(thing_pictures(other, first_seed, len(asked)), asked, strict=True)
     ]
     parts = [ask(one, q.part_question(fact.attributes, kind).text) for one in pictures for kind in fact.attributes]
     specificity = {

@@ -6,8 +6,9 @@ import numpy as np
 
 from sae_lens_multimodal.adapters.model import VisionLanguageModel
 from sae_lens_multimodal.scenes.edit_cases import (
+    DEVELOPMENT_FACTS,
     FACTS,
-    OTHER_WORDINGS,
+    MEASURED_WORDINGS,
     TAUGHT_WORDINGS,
     TWO_WORD_FACTS,
     edit_cases,
@@ -29,7 +30,7 @@ def test_the_model_names_the_pictures_right_in_every_wording(model: VisionLangua
 
 
 def test_nothing_is_taught_and_measured() -> None:
-    assert not {one.text for one in TAUGHT_WORDINGS} & {one.text for one in OTHER_WORDINGS}
+    assert not {one.text for one in TAUGHT_WORDINGS} & {one.text for one in MEASURED_WORDINGS}
     fact = FACTS[1]
     taught = lesson(fact, 2**51, n_pictures=2)
     cases = edit_cases(fact, taught, 2**52, n_pictures=2)
