@@ -115,17 +115,18 @@ def dose_response(
         unit = activation_unit(model, sae, feature, [*asked, *guard], modality=modality, hook_name=hook_name)
     size = 1.0 if kind == "scale" else _unit(unit, sae, feature, modality)
     changes: list[Change] = [_KINDS[kind](strength * size) for strength in values]
-    rows: Any = [Add(0.0), *changes] if isinstance(sae, SteeringVector) else [{}, *({feature: one} for one in changes)]
+    alone: Any = {} if isinstance(sae, SAE) else Add(0.0)
+    rows: list[Any] = [{feature: one} for one in changes] if isinstance(sae, SAE) else list(changes)
     settings = {"tokens": tokens, "steps": steps, "hook_name": hook_name, "error": error}
-    size_of_part = batch_size or len(rows)
+    at_once = batch_size or len(rows)
     runners = [
-        DoseRunner(model, sae, rows[start : start + size_of_part], settings)
-        for start in range(0, len(rows), size_of_part)
+        DoseRunner(model, sae, [alone, *rows[start : start + at_once]], settings)
+        for start in range(0, len(rows), at_once)
     ]
     bar = tqdm(total=len(runners) * (len(asked) + len(guard)), desc="dose", unit="pass", disable=not progress)
     with bar:
-        found = [torch.cat([one.logits(prompt, ids, bar) for one in runners]) for prompt in asked]
-        guarded = [torch.cat([one.logits(prompt, (), bar)[:, -1] for one in runners]) for prompt in guard]
+        found = [_joined([one.logits(prompt, ids, bar) for one in runners]) for prompt in asked]
+        guarded = [_joined([one.logits(prompt, (), bar)[:, -1] for one in runners]) for prompt in guard]
     return _curve(model, found, guarded, ids, values, size).named(
         name or (sae.name if isinstance(sae, SteeringVector) else f"feature {feature}"),
         feature=feature,
@@ -167,6 +168,11 @@ def activation_unit(
         firing.append(encoded[encoded > 0])
     every = torch.cat(firing) if firing else torch.zeros(0)
     return float(torch.quantile(every, quantile)) if len(every) else 0.0
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """The rows of several passes, of which each begins with the one that is left alone."""
+    return torch.cat([parts[0], *(part[1:] for part in parts[1:])])
 
 
 def kl_divergence(before: Float[Tensor, "*n vocabulary"], after: Float[Tensor, "*n vocabulary"]) -> Float[Tensor, "*n"]:

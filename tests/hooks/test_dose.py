@@ -20,6 +20,7 @@ from sae_lens_multimodal.hooks.dose_runner import DoseRunner
 from sae_lens_multimodal.hooks.places import BoxTokens
 from sae_lens_multimodal.hooks.read import read_activations
 from sae_lens_multimodal.hooks.steer import Ablate, Add, Set, SteeringVector, steer
+from sae_lens_multimodal.hooks.trace_run import BlockRunner
 from tests.hooks.hook_samples import HOOK, build_sae
 
 Conversations = list[list[dict[str, Any]]]
@@ -145,6 +146,19 @@ def test_what_is_run_once_gives_what_is_run_for_every_strength(
             assert one.others_kl == pytest.approx(other.others_kl, rel=1e-2, abs=1e-6)
     for handle in handles:
         handle.remove()
+
+
+def test_blocks_that_give_other_logits_by_themselves_are_not_trusted(
+    model: VisionLanguageModel, conversations: Conversations, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vector = SteeringVector(torch.randn(48, generator=torch.Generator().manual_seed(1)), HOOK, "a direction")
+    asked = {"strengths": [1.0, 2.0, 3.0], "kind": "add", "batch_size": 1}
+    whole = dose_response(model, vector, 0, conversations[0], "no", **asked)  # type: ignore[arg-type]
+    go_on = BlockRunner.go_on
+    monkeypatch.setattr(BlockRunner, "go_on", lambda *given, **more: go_on(*given, **more) * 1.5)
+    again = dose_response(model, vector, 0, conversations[0], "no", **asked)  # type: ignore[arg-type]
+    assert [point.target for point in again.points] == pytest.approx([point.target for point in whole.points], rel=1e-3)
+    assert again.baseline == pytest.approx(whole.baseline, rel=1e-4)
 
 
 def test_an_activation_set_to_nothing_is_called_ablated(
