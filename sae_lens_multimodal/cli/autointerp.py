@@ -107,9 +107,9 @@ def _procedure(options: Namespace, store: FeatureStore) -> Procedure | None:
         return Published()
     if options.sae is None:
         return Contrastive(neighbours={} if store.descriptions is None else store.descriptions.neighbours())
-    from sae_lens import SAE
+    from sae_lens_multimodal.hooks.load_sae import load_sae
 
-    return Contrastive(neighbours=decoder_neighbours(SAE.load_from_disk(options.sae), range(store.d_sae)))
+    return Contrastive(neighbours=decoder_neighbours(load_sae(options.sae), range(store.d_sae)))
 
 
 def _judge(options: Namespace, answers: Path | None) -> Judge:

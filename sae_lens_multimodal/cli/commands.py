@@ -13,7 +13,7 @@ from sae_lens_multimodal.cli.concepts import concepts
 from sae_lens_multimodal.cli.editing import edit
 from sae_lens_multimodal.cli.options import parse_changes
 from sae_lens_multimodal.cli.tracing import trace
-from sae_lens_multimodal.errors import ConfigError, StoreError
+from sae_lens_multimodal.errors import ConfigError
 
 if TYPE_CHECKING:
     from sae_lens import SAE
@@ -270,18 +270,11 @@ COMMANDS: dict[str, Callable[[Namespace], None]] = {
 
 
 def _model_and_sae(options: Namespace) -> tuple[VisionLanguageModel, Any]:
-    from sae_lens import SAE
-    from safetensors import SafetensorError
-
     from sae_lens_multimodal.adapters.model import load_model
+    from sae_lens_multimodal.hooks.load_sae import load_sae
 
-    if not options.sae.is_dir():
-        raise StoreError(f"{options.sae} is not a folder; expected one that SAE-Lens saved (cfg.json and weights).")
-    model = load_model(options.model, device=options.device, dtype=options.dtype)
-    try:
-        return model, SAE.load_from_disk(options.sae, device=options.device)
-    except (OSError, KeyError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
-        raise StoreError(f"{options.sae} cannot be read as a SAE that SAE-Lens saved: {error}") from error
+    sae = load_sae(options.sae, options.device or "cpu")  # first, as a mistake in it costs the least
+    return load_model(options.model, device=options.device, dtype=options.dtype), sae
 
 
 def _print(*lines: str) -> None:

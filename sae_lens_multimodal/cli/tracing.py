@@ -134,13 +134,12 @@ def _story(
     corruption: Corruption,
     shared: dict[str, Any],
 ) -> TraceStory:
-    from sae_lens import SAE
-
+    from sae_lens_multimodal.hooks.load_sae import load_sae
     from sae_lens_multimodal.hooks.trace_story import trace_features
 
     if options.window != 1 or options.parts != PARTS:
         raise ConfigError("--sae traces single layers where its SAEs read; leave out --window and --parts.")
-    saes = [SAE.load_from_disk(path, device=options.device) for path in options.sae]
+    saes = [load_sae(path, options.device) for path in options.sae]
     return trace_features(
         model,
         saes,

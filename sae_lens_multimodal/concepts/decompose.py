@@ -13,18 +13,20 @@ from torch import Tensor
 
 from sae_lens_multimodal.concepts.semi_nmf import Factors, objective, semi_nmf
 from sae_lens_multimodal.errors import ConfigError, SAEMismatchError
-from sae_lens_multimodal.hooks.concept_sae import nearest_codes, nonnegative_codes
-from sae_lens_multimodal.hooks.saes import decoder_directions, encode_tokens
+from sae_lens_multimodal.hooks.concept_sae import nearest_codes, optimal_codes
+from sae_lens_multimodal.hooks.saes import decoder_directions, encode_tokens, output_scale, same_model
 
 if TYPE_CHECKING:
     from sae_lens import SAE
+
+    from sae_lens_multimodal.concepts.states import ConceptStates
 
 Method: TypeAlias = Literal["semi_nmf", "dictionary_learning", "pca", "kmeans", "simple", "random", "sae"]
 """How concepts are found; see `find_concepts`."""
 METHODS: tuple[str, ...] = get_args(Method)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SAEFactors(Factors):
     """Some features of an SAE as concepts."""
 
@@ -48,12 +50,12 @@ def dictionary_learning(
         warnings.simplefilter("ignore")
         fitted.fit(states.cpu().double().numpy())
     concepts = torch.from_numpy(fitted.components_).to(states)
-    codes = nonnegative_codes(states @ concepts.T, concepts @ concepts.T, l1=alpha)
+    codes = optimal_codes(states @ concepts.T, concepts @ concepts.T, l1=alpha)
     return Factors(concepts, codes, objective=(objective(states, concepts, codes, alpha),))
 
 
 def pca(states: Float[Tensor, "n d"], k: int, *, seed: int = 0) -> Factors:
-    """Principal components about the mean, by scikit-learn. Activations may be negative: a component has two ends.
+    """Both ends of k principal components about the mean, by scikit-learn: 2k concepts, k + i the other end of i.
 
     Raises:
         ConfigError: scikit-learn is not installed.
@@ -63,9 +65,10 @@ def pca(states: Float[Tensor, "n d"], k: int, *, seed: int = 0) -> Factors:
             f"Got k={k} for states of the shape {tuple(states.shape)}; expected 1 to {min(states.shape)}."
         )
     fitted = _sklearn("decomposition").PCA(k, random_state=seed).fit(states.cpu().double().numpy())
-    concepts = torch.from_numpy(fitted.components_).to(states)
+    components = torch.from_numpy(fitted.components_).to(states)
     mean = torch.from_numpy(fitted.mean_).to(states)
-    return Factors(concepts, (states - mean) @ concepts.T, bias=mean)
+    concepts = torch.cat([components, -components])
+    return Factors(concepts, ((states - mean) @ concepts.T).clamp_min(0), bias=mean)
 
 
 def kmeans(states: Float[Tensor, "n d"], k: int, *, seed: int = 0) -> Factors:
@@ -92,7 +95,7 @@ def random_rows(states: Float[Tensor, "n d"], k: int, *, seed: int = 0) -> Facto
 
 def _rows(states: Tensor, chosen: Tensor) -> Factors:
     concepts = states[chosen] / states[chosen].norm(dim=1, keepdim=True).clamp_min(1e-12)
-    return Factors(concepts, nonnegative_codes(states @ concepts.T, concepts @ concepts.T))
+    return Factors(concepts, optimal_codes(states @ concepts.T, concepts @ concepts.T))
 
 
 def sae_features(states: Float[Tensor, "n d"], k: int, sae: SAE[Any]) -> SAEFactors:
@@ -108,15 +111,50 @@ def sae_features(states: Float[Tensor, "n d"], k: int, sae: SAE[Any]) -> SAEFact
             f"The SAE has d_in={sae.cfg.d_in} and {sae.cfg.d_sae} features; expected d_in={states.shape[1]}, the width "
             f"of the states, and at least {k} features."
         )
-    with torch.no_grad():
-        directions = decoder_directions(sae, range(sae.cfg.d_sae)).to(states)
-        # The whole code of all states is never held: a wide SAE would make it the largest thing here.
-        totals = sum(
-            (encode_tokens(sae, part).to(states).sum(0) for part in states.split(512)), torch.zeros(len(directions))
+    if output_scale(sae, states[:1]) is not None:
+        raise SAEMismatchError(
+            f"The SAE normalises each state by itself ({sae.cfg.normalize_activations}), so its features are no fixed "
+            "directions of the states; give one that does not."
         )
-        chosen = (totals * directions.norm(dim=1)).topk(k).indices
-        codes = encode_tokens(sae, states, features=chosen).to(states)
-        return SAEFactors(directions[chosen], codes, sae.b_dec.detach().to(states), features=tuple(chosen.tolist()))
+    with torch.no_grad():
+        # The whole code of all states is never held, nor the decoder copied: a wide SAE's are the largest things here.
+        lengths = decoder_directions(sae, range(sae.cfg.d_sae)).norm(dim=1).to(states)
+        totals = torch.zeros_like(lengths)
+        for part in states.split(512):
+            totals += encode_tokens(sae, part).to(states).sum(0)
+        chosen = (totals * lengths).topk(k).indices
+        features = tuple(chosen.tolist())
+        codes = encode_tokens(sae, states, features=features).to(states)
+        return SAEFactors(
+            decoder_directions(sae, features).to(states), codes, sae.b_dec.detach().to(states), features=features
+        )
+
+
+def check_origin(sae: SAE[Any], states: ConceptStates) -> None:
+    """Check that an SAE was trained where states were read.
+
+    Raises:
+        SAEMismatchError: it names another hook or model.
+    """
+    hook, model = sae.cfg.metadata.hook_name, sae.cfg.metadata.model_name
+    if (hook and hook != states.hook_name) or (model and not same_model(model, states.model_name)):
+        raise SAEMismatchError(
+            f"The SAE is of {hook} of {model}, the states of {states.hook_name} of {states.model_name}; give the SAE "
+            "that was trained there, or change sae.cfg.metadata where it is meant."
+        )
+
+
+def check_finite(states: Float[Tensor, "n d"]) -> None:
+    """Check that states can be computed with.
+
+    Raises:
+        ConfigError: there are none, or some hold NaN or infinity.
+    """
+    if not len(states):
+        raise ConfigError("Got no states; expected at least one. Gather more, or hold less out.")
+    bad = int((~states.isfinite().all(dim=1)).sum())
+    if bad:
+        raise ConfigError(f"{bad} of {len(states)} states hold NaN or infinity; leave them out, or use float32.")
 
 
 def decompose(
@@ -128,6 +166,7 @@ def decompose(
     seed: int = 0,
     n_starts: int = 1,
     sae: SAE[Any] | None = None,
+    offset: bool = False,
 ) -> Factors:
     """Take states apart by any of the methods.
 
@@ -138,7 +177,7 @@ def decompose(
     if not 1 <= k <= len(states):
         raise ConfigError(f"Got k={k} for {len(states)} states; expected 1 to {len(states)}. Gather more states.")
     ways: dict[str, Callable[[], Factors]] = {
-        "semi_nmf": lambda: semi_nmf(states, k, alpha=alpha, seed=seed, n_starts=n_starts),
+        "semi_nmf": lambda: semi_nmf(states, k, alpha=alpha, seed=seed, n_starts=n_starts, offset=offset),
         "dictionary_learning": lambda: dictionary_learning(states, k, alpha=alpha, seed=seed),
         "pca": lambda: pca(states, k, seed=seed),
         "kmeans": lambda: kmeans(states, k, seed=seed),

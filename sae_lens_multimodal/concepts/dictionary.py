@@ -9,40 +9,43 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from jaxtyping import Float
 from sae_lens import SAE, StandardSAE, StandardSAEConfig
+from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sae_lens_multimodal.concepts.decompose import Method, SAEFactors, decompose
+from sae_lens_multimodal.concepts.decompose import Method, SAEFactors, check_finite, check_origin, decompose
 from sae_lens_multimodal.concepts.states import ConceptStates
 from sae_lens_multimodal.concepts.vocabulary import word_lists
-from sae_lens_multimodal.errors import ConfigError, FeatureError, StoreError
+from sae_lens_multimodal.errors import ConfigError, FeatureError, SAEMismatchError, StoreError
 from sae_lens_multimodal.files import read_json, write_atomically, write_json
 from sae_lens_multimodal.hooks.concept_sae import (
     ConceptDictionarySAE,
     ConceptDictionarySAEConfig,
     nearest_codes,
-    nonnegative_codes,
+    optimal_codes,
     precise_dtype,
 )
+from sae_lens_multimodal.hooks.saes import encode_tokens, same_model
 
 if TYPE_CHECKING:
     from sae_lens_multimodal.adapters.model import VisionLanguageModel
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 CONCEPTS_NAME = "concepts.safetensors"
 SETTINGS_NAME = "concepts.json"
+_METADATA_KEY = "sae_lens_multimodal"
 _CHUNK_STATES = 4096
 SPARSITY = 0.02
 """Weight of the activations' sum, in units of the states' mean length."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ConceptDictionary:
     """States ≈ `activations` · `concepts` + `bias`: what `find_concepts` found."""
 
     concepts: Float[Tensor, "k d"] = field(repr=False)
-    """The directions."""
+    """The directions. Each speaks for itself where its activation is above 0; none is below."""
     activations: Float[Tensor, "n k"] = field(repr=False)
     """Of the states they were found on."""
     method: Method
@@ -68,6 +71,29 @@ class ConceptDictionary:
         """Number of concepts."""
         return len(self.concepts)
 
+    def check_states(self, states: ConceptStates) -> None:
+        """Check that states are of what the concepts were found on.
+
+        Raises:
+            SAEMismatchError: they are of another hook, model, word or width.
+        """
+        if states.states.shape[1] != self.concepts.shape[1]:
+            raise SAEMismatchError(
+                f"The concepts have width {self.concepts.shape[1]}, the states {states.states.shape[1]}."
+            )
+        names = (("hook_name", self.hook_name, states.hook_name), ("word", self.word, states.word))
+        for name, own, other in names:
+            if own is not None and own.casefold() != other.casefold():
+                raise SAEMismatchError(
+                    f"The concepts were found with {name}={own!r}, the states gathered with {other!r}; use the same, "
+                    f"or dataclasses.replace(dictionary, {name}=None) where it is meant."
+                )
+        if self.model_name is not None and not same_model(self.model_name, states.model_name):
+            raise SAEMismatchError(
+                f"The concepts are of {self.model_name}, the states of {states.model_name}; use the same model, or "
+                "dataclasses.replace(dictionary, model_name=None) where it is meant."
+            )
+
     @torch.no_grad()
     def encode(self, states: Float[Tensor, "n d"]) -> Float[Tensor, "n k"]:
         """Activations of the concepts on other states, by the same problem as on those they were found on.
@@ -84,15 +110,13 @@ class ConceptDictionary:
     def _encoded(self, states: Tensor, concepts: Tensor) -> Tensor:
         scores = (states if self.bias is None else states - self.bias.to(concepts)) @ concepts.T
         if self.method == "pca":
-            return scores
+            return scores.clamp_min(0)
         gram = concepts @ concepts.T
         if self.method == "kmeans":
             return nearest_codes(scores, gram)
-        return nonnegative_codes(scores, gram, l1=self.alpha)
+        return optimal_codes(scores, gram, l1=self.alpha)
 
     def _encoded_by_sae(self, states: Tensor) -> Tensor:
-        from sae_lens_multimodal.hooks.saes import encode_tokens
-
         if self.sae is None or self.features is None:
             raise ConfigError(
                 "These concepts are features of an SAE; load them with ConceptDictionary.load(..., sae=)."
@@ -103,12 +127,6 @@ class ConceptDictionary:
         """Add up the concepts."""
         rebuilt = activations @ self.concepts.to(activations.device)
         return rebuilt if self.bias is None else rebuilt + self.bias.to(activations.device)
-
-    def one_sided(self, activations: Float[Tensor, "n k"]) -> tuple[Float[Tensor, "k2 d"], Float[Tensor, "n k2"]]:
-        """Concepts and activations of at least 0: a principal component counts as two, one for each end."""
-        if self.method != "pca":
-            return self.concepts, activations
-        return torch.cat([self.concepts, -self.concepts]), torch.cat([activations, -activations], dim=1).clamp_min(0)
 
     def words(
         self, model: VisionLanguageModel, n: int = 10, *, min_letters: int | None = None, contrast: bool = False
@@ -141,7 +159,7 @@ class ConceptDictionary:
         """The dictionary as an SAE-Lens SAE, in which concept k is feature k.
 
         It is of the architecture `concept_dictionary`, whose `encode` solves for the activations; principal components
-        are a `standard` SAE of twice as many features, as those fire on one side only: k + i is the other end of i.
+        are a `standard` SAE.
 
         Raises:
             ConfigError: the concepts are features of an SAE already.
@@ -156,9 +174,8 @@ class ConceptDictionary:
         mean = zeros if self.bias is None else self.bias
         state = {"W_dec": self.concepts, "b_dec": mean}
         if self.method == "pca":
-            both = torch.cat([self.concepts, -self.concepts])
-            state = {"W_dec": both, "W_enc": both.T, "b_enc": torch.zeros(len(both)), "b_dec": mean}
-            sae = StandardSAE(StandardSAEConfig(d_in=both.shape[1], d_sae=len(both)))
+            state |= {"W_enc": self.concepts.T, "b_enc": torch.zeros(self.k)}
+            sae = StandardSAE(StandardSAEConfig(d_in=self.concepts.shape[1], d_sae=self.k))
         else:
             encoder: Any = "nearest" if self.method == "kmeans" else "lasso"
             sae = ConceptDictionarySAE(
@@ -170,21 +187,26 @@ class ConceptDictionary:
         for name, value in (("hook_name", self.hook_name), ("model_name", self.model_name)):
             if value is not None:
                 sae.cfg.metadata[name] = value
-        sae.cfg.metadata["sae_lens_multimodal"] = {
+        sae.cfg.metadata[_METADATA_KEY] = {
             "concepts_of": self.word,
             "method": self.method,
             "seed": self.seed,
-            "to_load": "import sae_lens_multimodal.concepts, then SAE.load_from_disk",
+            "to_load": "sae_lens_multimodal.hooks.load_sae.load_sae, or SAE.load_from_disk after importing that",
         }
         return sae.eval()
 
     def save(self, folder: str | Path) -> Path:
         """Write a folder that SAE-Lens reads as an SAE and `load` as a dictionary.
 
-        For the method `sae` there is no SAE in it: `load` is then given the one it was.
+        For the method `sae` there is no SAE in it: `load` is then given the one it was. Another dictionary that the
+        folder holds is replaced.
+
+        Raises:
+            StoreError: the folder holds an SAE that is no dictionary.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        _clear(folder)
         if self.method != "sae":
             self.to_sae().save_model(folder)
         tensors = {"concepts": self.concepts, "activations": self.activations}
@@ -222,6 +244,17 @@ class ConceptDictionary:
         return cls(**tensors, **settings, sae=sae)
 
 
+def _clear(folder: Path) -> None:
+    """Take away what another dictionary left; its settings first, as they say that it is whole."""
+    config = folder / SAE_CFG_FILENAME
+    if config.is_file() and not (folder / SETTINGS_NAME).is_file():
+        origin = read_json(config).get("metadata", {}).get(_METADATA_KEY) or {}
+        if "concepts_of" not in origin:
+            raise StoreError(f"{folder} holds an SAE that is no concept dictionary; give another folder.")
+    for name in (SETTINGS_NAME, SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, CONCEPTS_NAME):
+        (folder / name).unlink(missing_ok=True)
+
+
 def find_concepts(
     states: ConceptStates | Float[Tensor, "n d"],
     k: int = 20,
@@ -231,12 +264,14 @@ def find_concepts(
     sparsity: float = SPARSITY,
     n_starts: int = 1,
     sae: SAE[Any] | None = None,
+    offset: bool = False,
 ) -> ConceptDictionary:
     """Find the concepts that states are made of (arXiv 2406.08074).
 
     - `"semi_nmf"`: min ½‖Z - VU‖² + alpha ΣV, V ≥ 0, ‖u_k‖ ≤ 1; the paper's choice.
     - `"dictionary_learning"`: the same by scikit-learn.
-    - `"pca"`, `"kmeans"`: by scikit-learn.
+    - `"pca"`, `"kmeans"`: by scikit-learn. A principal component has two ends, so k of them are 2k concepts: k + i is
+      the other end of i.
     - `"simple"`: the k longest states; `"random"`: k states drawn at random. Activations by non-negative least squares.
     - `"sae"`: the k features of an SAE that write most into these states.
 
@@ -249,17 +284,26 @@ def find_concepts(
             cone that holds the states fits them as well.
         n_starts: How often Semi-NMF begins anew; the best counts.
         sae: For `"sae"`.
+        offset: Of Semi-NMF: find what all states share, too, and keep it apart as `bias`. Without it, concepts of
+            states with a long mean, such as states of one word, are mixed up with that mean. `sparsity` then is in
+            units of the mean distance from the mean.
 
     Raises:
-        ConfigError: an unknown method, fewer states than concepts, no SAE for `"sae"`, or no scikit-learn.
-        SAEMismatchError: the SAE has another width than the states.
+        ConfigError: an unknown method, fewer states than concepts, states that are not finite, no SAE for `"sae"`, or
+            no scikit-learn.
+        SAEMismatchError: the SAE has another width than the states, is of another hook or model, or normalises.
     """
     if sparsity < 0:
         raise ConfigError(f"Got sparsity={sparsity}; expected 0 or more.")
+    if offset and method != "semi_nmf":
+        raise ConfigError(f"Got offset=True with method={method!r}; only semi_nmf finds an offset.")
     z = states.states if isinstance(states, ConceptStates) else states
     z = z.to(torch.promote_types(z.dtype, torch.float32))
-    alpha = sparsity * float(z.norm(dim=1).mean()) if method in ("semi_nmf", "dictionary_learning") else 0.0
-    factors = decompose(z, k, method, alpha=alpha, seed=seed, n_starts=n_starts, sae=sae)
+    check_finite(z)
+    if isinstance(states, ConceptStates) and sae is not None:
+        check_origin(sae, states)
+    alpha = sparsity * _scale(z, offset) if method in ("semi_nmf", "dictionary_learning") else 0.0
+    factors = decompose(z, k, method, alpha=alpha, seed=seed, n_starts=n_starts, sae=sae, offset=offset)
     found = ConceptDictionary(
         factors.concepts,
         factors.activations,
@@ -275,3 +319,7 @@ def find_concepts(
         return found
     named: dict[str, Any] = {"word": states.word, "hook_name": states.hook_name, "model_name": states.model_name}
     return replace(found, rows=tuple(states.rows), **named)
+
+
+def _scale(states: Tensor, offset: bool) -> float:
+    return float((states - states.mean(0) if offset else states).norm(dim=1).mean()) if len(states) else 0.0

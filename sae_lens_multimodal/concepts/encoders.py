@@ -10,7 +10,20 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae_lens_multimodal.errors import ModelLoadError
+from sae_lens_multimodal.errors import ConfigError, ModelLoadError
+
+
+PUBLISHED_LAYERS = {
+    "bert-base-uncased": 9,
+    "bert-large-uncased": 18,
+    "bert-base-multilingual-cased": 9,
+    "distilbert-base-uncased": 5,
+    "roberta-base": 10,
+    "roberta-large": 17,
+    "xlm-roberta-base": 9,
+    "xlm-roberta-large": 17,
+}
+"""The layer that the published BERTScore takes of an encoder, by the last part of its name."""
 
 
 class TokenEncoder:
@@ -37,11 +50,20 @@ class TokenEncoder:
         self.tokenizer, self.name, self.layer, self.batch_size = tokenizer, name, layer, batch_size
 
     @classmethod
-    def load(cls, name: str | Path, *, layer: int = -1, device: str = "cpu", batch_size: int = 32) -> TokenEncoder:
+    def load(
+        cls, name: str | Path, *, layer: int | None = None, device: str = "cpu", batch_size: int = 32
+    ) -> TokenEncoder:
         """Load a checkpoint by hub name or folder.
+
+        Args:
+            name: hub name or folder.
+            layer: which hidden states; None for the published BERTScore's choice where it has one, else the last.
+            device: where to.
+            batch_size: texts at a time.
 
         Raises:
             ModelLoadError: it does not load.
+            ConfigError: it has no such layer.
         """
         from transformers import AutoModel, AutoTokenizer
 
@@ -53,6 +75,11 @@ class TokenEncoder:
             raise ModelLoadError(
                 f"{name} does not load ({line[:300]}); expected a text encoder such as BERT."
             ) from error
+        if layer is None:
+            layer = PUBLISHED_LAYERS.get(Path(name).name.lower(), -1)
+        depth = int(model.config.num_hidden_layers) + 1
+        if not -depth <= layer < depth:
+            raise ConfigError(f"Got layer={layer} of {name}; expected {-depth} to {depth - 1}, with 0 the embeddings.")
         return cls(model, tokenizer, name=str(name), layer=layer, batch_size=batch_size)
 
     @torch.no_grad()

@@ -5,9 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -23,17 +22,20 @@ from sae_lens_multimodal.concepts.spans import Role, Span, caption_pieces, word_
 from sae_lens_multimodal.concepts.states import ConceptStates, StateShard, StateWriter
 from sae_lens_multimodal.concepts.text import find_words
 from sae_lens_multimodal.data.batches import PromptBatch, encoded_batches
-from sae_lens_multimodal.data.raw import known_length
+from sae_lens_multimodal.data.raw import RawRow, known_length
 from sae_lens_multimodal.data.rows import Prompt
 from sae_lens_multimodal.data.sources import Rows
 from sae_lens_multimodal.data.stream import SkippedRow, build_prompt, numbered_rows, open_dataset
 from sae_lens_multimodal.errors import ConfigError, DatasetError, PromptError, SelectionError
+from sae_lens_multimodal.features.hashing import image_id
 from sae_lens_multimodal.hooks.read import read_activations
 
 logger = logging.getLogger(__name__)
 
 Place: TypeAlias = "Literal['before', 'predicting', 'first', 'last', 'at', 'mean'] | tuple[int, int]"
 """Which states of a word: see `gather_states`."""
+_STRETCH_ROWS = 1000
+"""Rows without the word after which a batch is closed, however few prompts it has."""
 _NAMED_PLACES = ("before", "predicting", "first", "last", "at", "mean")
 
 
@@ -47,6 +49,8 @@ class _Wanted:
     question: str | None
     every: bool
     noise_seed: int | None
+    only: frozenset[int] | None
+    max_rows: int | None
 
 
 def gather_states(
@@ -65,6 +69,7 @@ def gather_states(
     context_size: int | None = None,
     max_rows: int | None = None,
     max_states: int | None = None,
+    only_rows: Collection[int] | None = None,
     split: str = "train",
     image_folder: str | Path | None = None,
     seed: int = 0,
@@ -76,7 +81,8 @@ def gather_states(
 
     Captions are searched by characters, with Unicode's own idea of letters, and the tokens found by the tokenizer's
     offsets: "train" is not in "training". Pictures are opened only of rows that hold the word, and the forward pass
-    ends at the hook. A killed run goes on at its last shard and leaves the same files as an unbroken one.
+    ends at the hook. A run is saved every half minute or so; a killed one goes on there and leaves the same files as an
+    unbroken one.
 
     Args:
         model: The model.
@@ -95,6 +101,7 @@ def gather_states(
         context_size: Prompts of more tokens are skipped; None for any length.
         max_rows: Rows to read at most.
         max_states: States to gather at most, up to those of the last batch.
+        only_rows: Numbers of the rows to look at; None for all.
         split: Split of a dataset given by name.
         image_folder: Where relative picture paths begin.
         seed: Of the noise.
@@ -122,16 +129,22 @@ def gather_states(
         "split": split,
         "n_rows": known_length(rows),
         "first_row": _fingerprint(rows),
-        **{"role": role, "question": question, "every": every, "pictures": pictures, "seed": seed},
-        **{"batch_size": batch_size, "context_size": context_size, "max_rows": max_rows, "max_states": max_states},
+        "image_folder": None if image_folder is None else str(image_folder),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        # Only what changes the states is there: a seed draws noise, and batches of another size give the same.
+        **{"role": role, "question": question, "every": every, "pictures": pictures},
+        "seed": seed if pictures == "noise" else None,
+        **{"context_size": context_size, "max_rows": max_rows, "max_states": max_states},
+        "only_rows": None if only_rows is None else _digest(json.dumps(sorted(only_rows))),
     }
     folder = None if output is None else Path(output)
     writer = StateWriter(folder, settings, shard_states, resume=resume)
     if writer.finished is not None:
         return writer.finished
-    wanted = _Wanted(word, at, role, question, every, seed if pictures == "noise" else None)
+    only = None if only_rows is None else frozenset(only_rows)
+    wanted = _Wanted(word, at, role, question, every, seed if pictures == "noise" else None, only, max_rows)
     _Gathering(model, str(hook.name), wanted, writer, Path(image_folder) if image_folder else None).over(
-        rows, batch_size, context_size, max_rows, max_states, show=progress
+        rows, batch_size, context_size, max_states, show=progress
     )
     found = writer.finish()
     if found.report.skipped:
@@ -157,9 +170,12 @@ def _check(word: str, at: Place, role: str, pictures: str, sizes: Mapping[str, i
 def _fingerprint(rows: Rows) -> str | None:
     """A digest of the first row's text, which tells one dataset from another."""
     for _, raw in numbered_rows(rows, 0):
-        texts = json.dumps(sorted(_strings(raw.content)), ensure_ascii=False)
-        return hashlib.blake2b(texts.encode(), digest_size=8).hexdigest()
+        return _digest(json.dumps(sorted(_strings(raw.content)), ensure_ascii=False))
     return None
+
+
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 def _strings(value: object) -> Iterator[str]:
@@ -183,53 +199,73 @@ class _Gathering:
         self._image_folder = image_folder
 
     def over(
-        self,
-        rows: Rows,
-        batch_size: int,
-        context_size: int | None,
-        max_rows: int | None,
-        max_states: int | None,
-        *,
-        show: bool,
+        self, rows: Rows, batch_size: int, context_size: int | None, max_states: int | None, *, show: bool
     ) -> None:
         """Go through what is left of the dataset."""
         writer = self._writer
-        total = known_length(rows) if max_rows is None else max_rows
+        total = known_length(rows) if self._wanted.max_rows is None else self._wanted.max_rows
         with tqdm(total=total, initial=writer.n_read, unit="row", desc="gather", disable=not show) as bar:
-            prompts = self._prompts(rows, max_rows)
-            # Whole batches of prompts that hold the word, so that a resumed run makes the same batches.
-            while (max_states is None or writer.n_states < max_states) and (group := list(islice(prompts, batch_size))):
-                try:
-                    for batch in encoded_batches(
-                        self._model, group, batch_size=batch_size, context_size=context_size, report=writer.report
-                    ):
-                        writer.add(self._states(batch))
-                except DatasetError as error:
-                    # None of this group could be encoded; each is counted, and the next may be better.
-                    logger.debug("%s", error)
+            groups = self._groups(rows, batch_size)
+            while max_states is None or writer.n_states < max_states:
+                if (group := next(groups, None)) is None:
+                    break
+                self._read(group, batch_size, context_size)
                 bar.update(writer.n_read - bar.n)
-            bar.update(writer.n_read - bar.n)
 
-    def _prompts(self, rows: Rows, max_rows: int | None) -> Iterator[Prompt]:
-        """The prompts whose caption holds the word."""
-        writer, wanted = self._writer, self._wanted
+    def _groups(self, rows: Rows, batch_size: int) -> Iterator[list[Prompt]]:
+        """Prompts that hold the word, a batch at a time, or what a long stretch of rows holds of them.
+
+        Where a group ends depends on the rows alone, so that a resumed run makes the same groups; a rare word must not
+        leave a run without a place to go on from.
+        """
+        group: list[Prompt] = []
+        begin = self._writer.n_read
+        for prompt in self._prompts(rows):
+            group += [] if prompt is None else [prompt]
+            if len(group) == batch_size or self._writer.n_read - begin >= _STRETCH_ROWS:
+                yield group
+                group, begin = [], self._writer.n_read
+        if self._writer.n_read > begin:
+            yield group
+
+    def _read(self, group: Sequence[Prompt], batch_size: int, context_size: int | None) -> None:
+        writer, found = self._writer, None
+        if group:
+            try:
+                for batch in encoded_batches(
+                    self._model, group, batch_size=batch_size, context_size=context_size, report=writer.report
+                ):
+                    found = self._states(batch)
+            except DatasetError as error:
+                # None of this group could be encoded; each is counted, and the next may be better.
+                logger.debug("%s", error)
+        writer.add(found)
+
+    def _prompts(self, rows: Rows) -> Iterator[Prompt | None]:
+        """For each row that is looked at its prompt, or None where its caption does not hold the word."""
+        writer, only = self._writer, self._wanted.only
+        last = max(only, default=-1) if only is not None else None
         for place, raw in numbered_rows(rows, writer.next_row):
-            if max_rows is not None and writer.n_read >= max_rows:
+            done = self._wanted.max_rows is not None and writer.n_read >= self._wanted.max_rows
+            if done or (last is not None and place > last):
                 return
             writer.n_read, writer.next_row = writer.n_read + 1, place + 1
-            writer.report.read += 1
-            if not any(find_words(text, wanted.word) for text in _strings(raw.content)):
-                writer.n_without += 1
-                continue
+            if only is None or place in only:
+                writer.report.read += 1
+                yield self._prompt(place, raw)
+
+    def _prompt(self, place: int, raw: RawRow) -> Prompt | None:
+        wanted = self._wanted
+        if any(find_words(text, wanted.word) for text in _strings(raw.content)):
             prompt = build_prompt(place, raw, self._image_folder)
             if isinstance(prompt, SkippedRow):
-                prompt.count_in(writer.report)
-                continue
+                prompt.count_in(self._writer.report)
+                return None
             prompt = self._prepared(prompt)
             if any(find_words(piece.text, wanted.word) for piece in caption_pieces(prompt.messages, wanted.role)):
-                yield prompt
-            else:
-                writer.n_without += 1
+                return prompt
+        self._writer.n_without += 1
+        return None
 
     def _prepared(self, prompt: Prompt) -> Prompt:
         wanted = self._wanted
@@ -250,17 +286,23 @@ class _Gathering:
                     self._model.family, prompt.messages, self._wanted.word, tokens, role=self._wanted.role
                 )
                 kept = values[index][mask[index].to(values.device)]
-                found += self._of_prompt(prompt, kept, spans)
+                own = self._of_prompt(prompt, kept, spans)
             except PromptError as error:
                 self._writer.report.skip("word cannot be placed", prompt.row, str(error))
+                continue
+            if all(bool(one.states.isfinite().all()) for one in own):
+                found += own
+            else:
+                self._writer.report.skip("states are not finite", prompt.row, "they hold NaN or infinity")
         if not found:
             nothing = torch.zeros(0, dtype=torch.int64)
-            return StateShard(values[0, :0].cpu(), nothing, nothing, _pairs([]), captions=[])
+            return StateShard(values[0, :0].cpu(), nothing, nothing, _pairs([]), captions=[], shows=[])
         return StateShard.joined(found)
 
     def _of_prompt(self, prompt: Prompt, values: Float[Tensor, "seq d"], spans: Sequence[Span]) -> list[StateShard]:
         pieces = caption_pieces(prompt.messages, self._wanted.role)
         caption = "\n".join(piece.text for piece in pieces)
+        names = sorted({image_id(image) for image in prompt.images}) or [f"text {_digest(caption)}"]
         shards = []
         for span in spans if self._wanted.every else spans[:1]:
             positions = _positions(span, self._wanted.at)
@@ -270,10 +312,8 @@ class _Gathering:
             if self._wanted.at == "mean":
                 states, positions = states.float().mean(0, keepdim=True).to(states.dtype), positions[:1]
             n = len(positions)
-            row = torch.full((n,), prompt.row)
-            shards.append(
-                StateShard(states.cpu(), row, torch.tensor(positions), _pairs([span] * n), captions=[caption] * n)
-            )
+            place = (torch.full((n,), prompt.row), torch.tensor(positions), _pairs([span] * n))
+            shards.append(StateShard(states.cpu(), *place, captions=[caption] * n, shows=[names] * n))
         return shards
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ from PIL import Image
 from sae_lens_multimodal.adapters.model import VisionLanguageModel
 from sae_lens_multimodal.concepts.dictionary import ConceptDictionary
 from sae_lens_multimodal.data.batches import encoded_batches
-from sae_lens_multimodal.data.raw import Ordered, raw_rows
+from sae_lens_multimodal.data.raw import Ordered, RawRow, raw_rows
 from sae_lens_multimodal.data.rows import Prompt
 from sae_lens_multimodal.data.sources import Rows
 from sae_lens_multimodal.data.stream import build_prompt, open_dataset
@@ -46,30 +47,28 @@ class Grounding:
     """Where in the pictures it is active, strongest first."""
 
 
-def rows_at(dataset: Rows, rows: Sequence[int], *, image_folder: str | Path | None = None) -> dict[int, Prompt]:
-    """Open single rows of a dataset as prompts; those that cannot be used are left out.
+def prompts_at(dataset: Rows, rows: Sequence[int], *, image_folder: str | Path | None = None) -> Iterator[Prompt]:
+    """Open single rows of a dataset as prompts, one after the other; those that cannot be used are left out.
 
     A streamed dataset is read up to the last of them.
     """
     folder = None if image_folder is None else Path(image_folder)
     wanted = sorted(set(rows))
-    found: dict[int, Prompt] = {}
     if isinstance(dataset, datasets.IterableDataset):
         left = set(wanted)
-        pairs = []
-        for raw in raw_rows(dataset):
-            if raw.number in left:
-                pairs.append((raw.number, raw))
-                left.discard(raw.number)
-            if not left:
-                break
+        chosen = (raw for raw in raw_rows(dataset) if raw.number in left)
+        pairs: Iterator[tuple[int, RawRow]] = ((raw.number, raw) for raw in islice(chosen, len(wanted)))
     else:
-        pairs = list(zip(wanted, raw_rows(Ordered(dataset, wanted)), strict=True))
+        pairs = zip(wanted, raw_rows(Ordered(dataset, wanted)), strict=True)
     for row, raw in pairs:
         prompt = build_prompt(row, raw, folder)
         if isinstance(prompt, Prompt):
-            found[row] = prompt
-    return found
+            yield prompt
+
+
+def rows_at(dataset: Rows, rows: Sequence[int], *, image_folder: str | Path | None = None) -> dict[int, Prompt]:
+    """Open single rows of a dataset as prompts, by their numbers; those that cannot be used are left out."""
+    return {prompt.row: prompt for prompt in prompts_at(dataset, rows, image_folder=image_folder)}
 
 
 def ground_concepts(

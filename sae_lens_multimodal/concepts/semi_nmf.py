@@ -9,12 +9,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae_lens_multimodal.errors import ConfigError
-from sae_lens_multimodal.hooks.concept_sae import nonnegative_codes, precise_dtype
-
-_LAST_SWEEPS = 200
+from sae_lens_multimodal.hooks.concept_sae import nonnegative_codes, optimal_codes, precise_dtype
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Factors:
     """States ≈ `activations` · `concepts` (+ `bias`)."""
 
@@ -49,8 +47,9 @@ def semi_nmf(
     max_rounds: int = 300,
     tolerance: float = 1e-5,
     n_sweeps: int = 2,
+    offset: bool = False,
 ) -> Factors:
-    """Minimise ½‖Z - VU‖² + alpha ΣV with V ≥ 0 and ‖u_k‖ ≤ 1 (arXiv 2406.08074).
+    """Minimise ½‖Z - VU‖² + alpha ΣV with V ≥ 0 and ‖u_k‖ ≤ 1 (arXiv 2406.08074); with an offset ½‖Z - VU - b‖².
 
     Rounds of two halves, neither of which can make it worse: V by sweeps of coordinate descent, which need only ZUᵀ and
     UUᵀ; then each concept by its optimum in the unit ball, which needs only VᵀZ and VᵀV (as in online dictionary
@@ -65,6 +64,8 @@ def semi_nmf(
         max_rounds: rounds at most.
         tolerance: stop where a round gains less than this share of the objective.
         n_sweeps: sweeps a round.
+        offset: find also a vector b that all states share, in turn with the concepts; without one a long common mean
+            has to be made of the concepts, which then are no longer those that the states vary in.
 
     Raises:
         ConfigError: there are fewer states than concepts, or a number is out of range.
@@ -77,22 +78,40 @@ def semi_nmf(
             "0, 1, 1 and 1."
         )
     z = states.to(torch.promote_types(states.dtype, torch.float32))
+    begin = z.new_zeros(z.shape[1])
+    if offset:
+        # Not their mean: of what lies about it, half would point away from the concepts.
+        begin = z[(z - z.mean(0)).norm(dim=1).argmin()]
     found = [
-        _from_one_start(z, spread_rows(z, k, seed + 7919 * start), alpha, max_rounds, tolerance, n_sweeps)
+        _from_one_start(
+            z, spread_rows(z - begin, k, seed + 7919 * start), begin, alpha, max_rounds, tolerance, n_sweeps, offset
+        )
         for start in range(n_starts)
     ]
     return min(found, key=lambda one: one.objective[-1])
 
 
 def _from_one_start(
-    z: Tensor, concepts: Tensor, alpha: float, max_rounds: int, tolerance: float, n_sweeps: int
+    states: Tensor,
+    concepts: Tensor,
+    bias: Tensor,
+    alpha: float,
+    max_rounds: int,
+    tolerance: float,
+    n_sweeps: int,
+    offset: bool,
 ) -> Factors:
+    z = states - bias if offset else states
     square = float(z.double().square().sum())
     scores, gram = z @ concepts.T, concepts @ concepts.T
     codes = nonnegative_codes(scores, gram, l1=alpha, n_sweeps=4 * n_sweeps)
     history: list[float] = []
     for _ in range(max_rounds):
         concepts = _updated(z, codes, concepts)
+        if offset:
+            bias = states.mean(0) - codes.mean(0) @ concepts
+            z = states - bias
+            square = float(z.double().square().sum())
         scores, gram = z @ concepts.T, concepts @ concepts.T
         codes = nonnegative_codes(scores, gram, l1=alpha, n_sweeps=n_sweeps, start=codes)
         history.append(_objective_of(square, scores, gram, codes, alpha))
@@ -100,11 +119,11 @@ def _from_one_start(
             break
     # What is returned are the optimal activations for the concepts that are returned.
     precise = precise_dtype(z.device)
-    codes = nonnegative_codes(scores.to(precise), gram.to(precise), l1=alpha, n_sweeps=_LAST_SWEEPS, start=codes)
-    codes = codes.to(z.dtype)
+    codes = optimal_codes(scores.to(precise), gram.to(precise), l1=alpha, start=codes).to(z.dtype)
     history.append(_objective_of(square, scores, gram, codes, alpha))
     order = (codes.sum(0) * concepts.norm(dim=1)).argsort(descending=True)
-    return Factors(concepts[order].contiguous(), codes[:, order].contiguous(), objective=tuple(history))
+    own = bias if offset else None
+    return Factors(concepts[order].contiguous(), codes[:, order].contiguous(), own, objective=tuple(history))
 
 
 def _objective_of(square: float, scores: Tensor, gram: Tensor, codes: Tensor, alpha: float) -> float:

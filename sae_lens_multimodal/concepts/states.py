@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import json
+import logging
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from sae_lens_multimodal.data.skips import SkipReport
-from sae_lens_multimodal.errors import DatasetError, StoreError
+from sae_lens_multimodal.errors import ConfigError, DatasetError, StoreError
 from sae_lens_multimodal.files import (
     MANIFEST_NAME,
     read_json,
@@ -24,14 +26,19 @@ from sae_lens_multimodal.files import (
     write_json,
     write_manifest,
 )
+from sae_lens_multimodal.hooks.control_split import linked
+
+logger = logging.getLogger(__name__)
 
 STATES_KIND = "concept_states"
 PROGRESS_KIND = "concept_states_in_progress"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 PROGRESS_NAME = "progress.json"
+SAVE_SECONDS = 30.0
+"""A run under way is saved about so often, whether a shard is full or not."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class StateShard:
     """Some states, and what each was read from."""
 
@@ -44,6 +51,8 @@ class StateShard:
     """The word's own tokens: the first, and one beyond the last."""
     captions: list[str]
     """The text that holds the word."""
+    shows: list[list[str]]
+    """Names of what its prompt shows: of each picture, by its pixels; of the caption where there is none."""
 
     def __len__(self) -> int:
         """Return the number of states."""
@@ -58,12 +67,22 @@ class StateShard:
             torch.cat([one.position for one in parts]),
             torch.cat([one.word for one in parts]),
             [caption for one in parts for caption in one.captions],
+            [names for one in parts for names in one.shows],
         )
+
+    def chosen(self, mask: Bool[Tensor, " n"]) -> StateShard:
+        """Keep some."""
+        kept = mask.nonzero()[:, 0].tolist()
+        captions, shows = ([column[index] for index in kept] for column in (self.captions, self.shows))
+        return StateShard(self.states[mask], self.row[mask], self.position[mask], self.word[mask], captions, shows)
 
     def save(self, path: Path) -> None:
         """Write one file, in one step."""
         tensors = {"states": self.states, "row": self.row, "position": self.position, "word": self.word}
-        note = {"captions": json.dumps(self.captions, ensure_ascii=False)}
+        note = {
+            "captions": json.dumps(self.captions, ensure_ascii=False),
+            "shows": json.dumps(self.shows, ensure_ascii=False),
+        }
         whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
         write_atomically(path, lambda temporary: save_file(whole, temporary, metadata=note))
 
@@ -77,12 +96,13 @@ class StateShard:
         try:
             with safe_open(path, framework="pt") as file:
                 states, row, position, word = map(file.get_tensor, ("states", "row", "position", "word"))
-                return cls(states, row, position, word, json.loads(file.metadata()["captions"]))
+                captions, shows = (json.loads(file.metadata()[name]) for name in ("captions", "shows"))
+                return cls(states, row, position, word, captions, shows)
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise StoreError(f"{path} cannot be read ({error}); gather the states again.") from error
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ConceptStates:
     """The states of one word at one hook of one model."""
 
@@ -134,17 +154,36 @@ class ConceptStates:
         return f"{len(self)} states of {self.word!r} from {self.report.summary()}; {self.n_without} without the word"
 
     def split(self, share: float = 0.5, *, seed: int = 0) -> tuple[ConceptStates, ConceptStates]:
-        """Split by rows of the dataset, at random: what concepts are found on and what they are measured on."""
-        rows = self.shard.row.unique()
-        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
-        first = torch.isin(self.shard.row, rows[order[: round(share * len(rows))]])
-        return self._only(first), self._only(~first)
+        """Split at random into what concepts are found on and what they are measured on; no picture is on both sides.
 
-    def _only(self, chosen: Tensor) -> ConceptStates:
-        one = self.shard
-        captions = [caption for caption, kept in zip(one.captions, chosen.tolist(), strict=True) if kept]
-        part = StateShard(one.states[chosen], one.row[chosen], one.position[chosen], one.word[chosen], captions)
-        return ConceptStates(part, self.settings, self.report, self.n_without)
+        Rows that a chain of shared pictures links stay together; of rows without pictures those of the same caption.
+
+        Args:
+            share: Of the rows, in the first part, about.
+            seed: From which the split follows.
+
+        Raises:
+            ConfigError: the share is out of range.
+        """
+        if not 0 < share <= 1:
+            raise ConfigError(f"Got share={share}; expected more than 0 and at most 1, of the rows for the first part.")
+        rows = list(dict.fromkeys(self.rows))
+        shown = {row: frozenset(names) for row, names in zip(self.rows, self.shard.shows, strict=True)}
+        groups: dict[int, list[int]] = {}
+        for row, group in zip(rows, linked([shown[row] for row in rows]), strict=True):
+            groups.setdefault(group, []).append(row)
+        first = self.shard.row.new_tensor(_drawn(list(groups.values()), round(share * len(rows)), seed))
+        mask = torch.isin(self.shard.row, first)
+        if share < 1 and bool(mask.all()):
+            logger.warning(
+                "all %d rows with %r are linked by the pictures they share, so nothing can be held out; gather more",
+                len(rows),
+                self.word,
+            )
+        return self._only(mask), self._only(~mask)
+
+    def _only(self, mask: Tensor) -> ConceptStates:
+        return ConceptStates(self.shard.chosen(mask), self.settings, self.report, self.n_without)
 
     @classmethod
     def load(cls, folder: str | Path) -> Self:
@@ -162,6 +201,20 @@ class ConceptStates:
         return cls(StateShard.joined(shards), settings, SkipReport.from_dict(done["report"]), done["n_without"])
 
 
+def _drawn(groups: Sequence[list[int]], wanted: int, seed: int) -> list[int]:
+    """Draw groups until about as many rows are there as wanted, and at least one group.
+
+    >>> len(_drawn([[0], [1], [2, 3, 4], [5]], 3, 0)) in (2, 3, 4)
+    True
+    """
+    taken: list[int] = []
+    for place in torch.randperm(len(groups), generator=torch.Generator().manual_seed(seed)).tolist():
+        # A group that would go further beyond what is wanted than it is short of it now stays out.
+        if not taken or len(taken) + len(groups[place]) / 2 <= wanted:
+            taken += groups[place]
+    return taken
+
+
 class StateWriter:
     """Collects states; writes them out in shards where there is a folder, and then can go on where it was killed."""
 
@@ -171,6 +224,8 @@ class StateWriter:
         self.report = SkipReport()
         self.shards: list[str] = []
         self._waiting: list[StateShard] = []
+        self._aside: str | None = None
+        self._saved_at = -float("inf")
         self.finished: ConceptStates | None = None
         if folder is not None:
             self._begin(folder, resume)
@@ -201,11 +256,14 @@ class StateWriter:
             self.finished = ConceptStates.load(folder)
             return
         if not (folder / PROGRESS_NAME).is_file():
-            return  # killed before its first shard
+            return  # killed before anything was saved
         seen = read_json(folder / PROGRESS_NAME)
         self.next_row, self.n_states, self.n_without = seen["next_row"], seen["n_states"], seen["n_without"]
         self.n_read, self.shards = seen["n_read"], seen["shards"]
         self.report = SkipReport.from_dict(seen["report"])
+        self._aside = seen["waiting"]
+        if self._aside is not None:
+            self._waiting = [StateShard.load(folder / self._aside)]
 
     def _progress(self) -> dict[str, Any]:
         return {
@@ -214,16 +272,25 @@ class StateWriter:
             "n_states": self.n_states,
             "n_without": self.n_without,
             "shards": self.shards,
+            "waiting": self._aside,
             "report": self.report.to_dict(),
         }
 
-    def add(self, shard: StateShard) -> None:
-        """Take the states of a batch; the counts must be those up to that batch."""
-        if len(shard):
+    def add(self, shard: StateShard | None) -> None:
+        """Take the states of a batch, if there are any; the counts must be those up to that batch.
+
+        What is full becomes a shard. What waits for more is saved beside it now and then, so that a run killed long
+        before a shard is full, or between rare words, goes on near where it was.
+        """
+        if shard is not None and len(shard):
             self._waiting.append(shard)
             self.n_states += len(shard)
-        if self._folder is not None and sum(map(len, self._waiting)) >= self._shard_states:
+        if self._folder is None:
+            return
+        if sum(map(len, self._waiting)) >= self._shard_states:
             self._flush(self._folder)
+        elif time.monotonic() - self._saved_at >= SAVE_SECONDS:
+            self._set_aside(self._folder)
 
     def _flush(self, folder: Path) -> None:
         if self._waiting:
@@ -231,7 +298,21 @@ class StateWriter:
             StateShard.joined(self._waiting).save(folder / name)
             self.shards.append(name)
             self._waiting = []
+        self._save(folder, None)
+
+    def _set_aside(self, folder: Path) -> None:
+        name = f"waiting-{self.n_states:09d}.safetensors" if self._waiting else None
+        if name is not None and name != self._aside:
+            StateShard.joined(self._waiting).save(folder / name)
+        self._save(folder, name)
+
+    def _save(self, folder: Path, aside: str | None) -> None:
+        self._aside = aside
         write_json(folder / PROGRESS_NAME, self._progress())
+        self._saved_at = time.monotonic()
+        for old in folder.glob("waiting-*.safetensors"):
+            if old.name != aside:
+                old.unlink()
 
     def finish(self) -> ConceptStates:
         """Write what is left, and the manifest last; give everything.

@@ -9,6 +9,11 @@ from functools import lru_cache
 _UNSPACED = ("CJK ", "HIRAGANA", "KATAKANA", "THAI ", "LAO ", "KHMER", "MYANMAR", "TIBETAN", "JAVANESE")
 """Beginnings of the names of letters of scripts that put no blanks between words."""
 _JOINERS = "'\u2019-\u00b7"
+_NEGATION = re.compile(r"['\u2019]t(?!\w)", re.IGNORECASE)
+"""What makes "can" and "don" parts of "can't" and "don't"; after other apostrophes, as in "cat's", a word is whole."""
+_WITHIN = re.compile(r"\w['\u2019]$")
+_CLITIC = re.compile(r"t|s|d|m|ll|re|ve", re.IGNORECASE)
+"""What stands behind an apostrophe and is no word by itself; "eau" in "l'eau" is one."""
 
 
 def is_word_character(character: str) -> bool:
@@ -33,7 +38,8 @@ def is_unspaced(character: str) -> bool:
 def find_words(text: str, word: str, start: int = 0, stop: int | None = None) -> list[tuple[int, int]]:
     """Find where a word or phrase stands as a whole, upper and lower case alike; blanks within it may be any.
 
-    In scripts without blanks between words every occurrence counts, as nothing in the text says where words end.
+    In scripts without blanks between words every occurrence counts, as nothing in the text says where words end. What
+    is written together with a word, such as Korean particles, belongs to it.
 
     Args:
         text: the text.
@@ -49,13 +55,19 @@ def find_words(text: str, word: str, start: int = 0, stop: int | None = None) ->
         [(11, 16), (23, 28)]
         >>> find_words("一只猫在这里", "猫")
         [(2, 3)]
+        >>> find_words("It can't, but it can", "can")
+        [(17, 20)]
     """
     stop = len(text) if stop is None else stop
     found = []
     for match in _pattern(word).finditer(text, start, stop):
         first, end = match.span()
-        if _breaks(text[first - 1 : first] if first > start else "", text[first]) and _breaks(
-            text[end : end + 1] if end < stop else "", text[end - 1]
+        before, after = text[start:first], text[end:stop]
+        if (
+            _breaks(before[-1:], text[first])
+            and _breaks(after[:1], text[end - 1])
+            and not (_NEGATION.match(after) and text[end - 1].casefold() == "n")
+            and not (_WITHIN.search(before) and _CLITIC.fullmatch(text[first:end]))
         ):
             found.append((first, end))
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -11,8 +12,12 @@ from sae_lens import SAE, SAEConfig, register_sae_class
 from sae_lens.registry import SAE_CLASS_REGISTRY
 from torch import Tensor
 
+logger = logging.getLogger(__name__)
+
 ARCHITECTURE = "concept_dictionary"
 _CHUNK_TOKENS = 4096
+_CHUNK_SYSTEMS = 1 << 22
+"""Numbers in the linear systems that are solved at once."""
 
 Encoder: TypeAlias = Literal["lasso", "nearest"]
 """`lasso`: argmin of ½‖x - vU‖² + l1 Σv over v ≥ 0. `nearest`: of the nearest concept its share of x, of others 0."""
@@ -63,6 +68,88 @@ def nonnegative_codes(
     return codes.T.contiguous()
 
 
+@torch.no_grad()
+def optimal_codes(
+    scores: Float[Tensor, "n k"],
+    gram: Float[Tensor, "k k"],
+    *,
+    l1: float = 0.0,
+    n_sweeps: int = 200,
+    start: Float[Tensor, "n k"] | None = None,
+) -> Float[Tensor, "n k"]:
+    """Solve the same to the end: rows that coordinate descent leaves short of the optimum are finished exactly.
+
+    It creeps where concepts nearly or wholly depend on one another, as they must where there are more of them than
+    dimensions. There the best code need not be the only one; one of the best is given.
+
+    Example:
+        >>> codes = optimal_codes(torch.tensor([[2.0, 2.0]]), torch.ones(2, 2), l1=0.5)
+        >>> float(codes.sum())
+        1.5
+    """
+    codes = nonnegative_codes(scores, gram, l1=l1, n_sweeps=n_sweeps, start=start)
+    slack = 4096 * torch.finfo(codes.dtype).eps ** 0.75
+    left = _shortfall(codes, scores, gram, l1) > slack
+    if not bool(left.any()):
+        return codes
+    rows = left.nonzero()[:, 0]
+    for part in rows.split(max(1, _CHUNK_SYSTEMS // gram.numel())):
+        codes[part] = _active_set(scores[part] - l1, gram, codes[part])
+    worst = float(_shortfall(codes, scores, gram, l1).max())
+    if worst > slack:
+        logger.warning(
+            "the activations of %d of %d tokens are not quite optimal (by %.1e of the largest gradient); %d concepts "
+            "depend on one another too much",
+            int((_shortfall(codes, scores, gram, l1) > slack).sum()),
+            len(codes),
+            worst,
+            len(gram),
+        )
+    return codes
+
+
+def _shortfall(codes: Tensor, scores: Tensor, gram: Tensor, l1: float) -> Tensor:
+    """How far each row is from the conditions of the optimum: no slope where a code is, none below 0 elsewhere."""
+    slopes = codes @ gram - scores + l1
+    wrong = torch.where(codes > 0, slopes.abs(), (-slopes).clamp_min(0)).amax(1)
+    return wrong / scores.abs().amax(1).clamp_min(max(l1, torch.finfo(codes.dtype).tiny))
+
+
+def _active_set(linear: Tensor, gram: Tensor, codes: Tensor) -> Tensor:
+    """Minimise ½ v G v - linear · v over v ≥ 0 for every row, from codes nearby (Lawson and Hanson 1974, in batches).
+
+    In every round each row either goes to the optimum of the concepts in use, as far as none of them falls below 0,
+    or, where it is there, takes up the concept that would gain most.
+    """
+    # A little of the identity makes every system solvable; it moves the optimum by less than is asked for.
+    ridge = torch.finfo(gram.dtype).eps ** 0.65 * float(gram.diagonal().max())
+    steady = gram + ridge * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    scale = linear.abs().amax(1).clamp_min(torch.finfo(gram.dtype).tiny)
+    used = codes > 0
+    codes, running = codes.clone(), torch.ones(len(codes), dtype=torch.bool, device=codes.device)
+    for _ in range(6 * len(gram)):
+        mask = used.to(gram.dtype)
+        system = mask[:, :, None] * steady * mask[:, None, :] + torch.diag_embed(1 - mask)
+        wanted = torch.linalg.solve(system, (linear * mask)[:, :, None])[:, :, 0] * mask
+        falls = used & (wanted < 0)
+        share = torch.where(falls, codes / (codes - wanted).clamp_min(torch.finfo(gram.dtype).tiny), torch.inf)
+        step, blocking = share.min(dim=1)
+        stays = running[:, None]
+        moved = codes + step.clamp_max(1)[:, None] * (wanted - codes)
+        codes = torch.where(stays, moved.clamp_min(0) * mask, codes)
+        blocked = running & (step <= 1)
+        out = torch.nn.functional.one_hot(blocking, len(gram)).bool() & blocked[:, None]
+        codes, used = codes.masked_fill(out, 0), used & ~out
+        gains = (linear - codes @ steady).masked_fill(used, -torch.inf)
+        gain, best = gains.max(dim=1)
+        takes = running & ~blocked & (gain > 1e-10 * scale)
+        used = used | (torch.nn.functional.one_hot(best, len(gram)).bool() & takes[:, None])
+        running = running & (blocked | takes)
+        if not bool(running.any()):
+            break
+    return codes
+
+
 def precise_dtype(device: torch.device) -> torch.dtype:
     """The precision in which codes are worked out: concepts of one word are much alike, so float32's rounding shows."""
     # Apple's GPUs have no float64.
@@ -106,7 +193,7 @@ class ConceptDictionarySAEConfig(SAEConfig):
     l1: float = 0.0
     """Weight of the codes' sum, in the unit of the activations."""
     n_sweeps: int = 200
-    """Sweeps of the lasso's coordinate descent, at most."""
+    """Sweeps of the lasso's coordinate descent, at most; what they leave undone an active-set method finishes."""
 
     @classmethod
     def architecture(cls) -> str:
@@ -140,7 +227,7 @@ class ConceptDictionarySAE(SAE[ConceptDictionarySAEConfig]):
         if self.cfg.encoder == "nearest":
             codes = nearest_codes(flat, gram)
         else:
-            codes = nonnegative_codes(flat, gram, l1=self.cfg.l1, n_sweeps=self.cfg.n_sweeps)
+            codes = optimal_codes(flat, gram, l1=self.cfg.l1, n_sweeps=self.cfg.n_sweeps)
             if torch.is_grad_enabled() and flat.requires_grad:
                 codes = with_gradient(codes, flat, gram)
         encoded: Tensor = self.hook_sae_acts_post(codes.reshape(scores.shape).to(sae_in.dtype))

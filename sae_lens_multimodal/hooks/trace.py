@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, TypeAlias, cast, get_args
 
 import torch
@@ -14,61 +13,19 @@ from tqdm import tqdm
 from sae_lens_multimodal.adapters.batch import EncodedBatch
 from sae_lens_multimodal.adapters.hook_points import HookPoint
 from sae_lens_multimodal.adapters.model import VisionLanguageModel
-from sae_lens_multimodal.errors import ConfigError, NoGapError, SelectionError
-from sae_lens_multimodal.hooks.attribute import chosen_tokens, encoded
-from sae_lens_multimodal.hooks.metrics import Target, append_tokens, target_ids
+from sae_lens_multimodal.errors import ConfigError, SelectionError
+from sae_lens_multimodal.hooks.attribute import chosen_tokens
+from sae_lens_multimodal.hooks.metrics import Target
 from sae_lens_multimodal.hooks.selection import Tokens
-from sae_lens_multimodal.hooks.trace_corruptions import Corrupted, Corruption, Counterfactual
+from sae_lens_multimodal.hooks.trace_corruptions import Corruption
 from sae_lens_multimodal.hooks.trace_parts import HOOKS, Part, Restoring, bind, hooks_of
+from sae_lens_multimodal.hooks.trace_plan import Plan, Prompt, check_gap, prepare
 from sae_lens_multimodal.hooks.trace_result import CausalTrace, MetricName, Unit
-from sae_lens_multimodal.hooks.trace_run import BlockRunner, Change, KeptKeys, Recording, value_of, with_value
-from sae_lens_multimodal.types import Conversation, Modality
-
-Prompt: TypeAlias = "EncodedBatch | Conversation"
-"""One conversation, or a batch of one row."""
+from sae_lens_multimodal.hooks.trace_run import Change, value_of, with_value
+from sae_lens_multimodal.types import Modality
 
 Positions: TypeAlias = "Tokens | Mapping[str, Tokens]"
 """Tokens that are restored one by one, or named groups that are restored as a whole."""
-
-TOKENS_PER_PASS = {"cpu": 1024, "other": 16384}
-"""Rows of a pass times their length: what keeps a processor's caches, or a graphics card, busy."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """A pair of prompts with an answer, checked and recorded: what every restoring starts from."""
-
-    runner: BlockRunner
-    prompt: EncodedBatch
-    """The clean prompt, without the part of the answer that is read."""
-    clean_batch: EncodedBatch
-    corrupted_batch: EncodedBatch
-    corruption: str
-    answer: tuple[int, ...]
-    against: tuple[int, ...] | None
-    metric: MetricName
-    clean: Recording
-    corrupted: Recording
-    keys: KeptKeys | None
-    """Keys and values of the corrupted run; None where whole prompts have to be run."""
-
-    @property
-    def n_tokens(self) -> int:
-        """Positions of either prompt."""
-        return self.clean_batch.layout.n_tokens
-
-    def measure(self, logits: Float[Tensor, "rows k vocabulary"]) -> dict[str, Float[Tensor, " rows"]]:
-        """Each metric for each row."""
-        ids = torch.as_tensor(self.answer, device=logits.device)
-        log = logits.log_softmax(-1)
-        chosen = log.gather(-1, ids.expand(len(logits), -1)[..., None])[..., 0].sum(-1)
-        found = {"probability": chosen.exp().cpu(), "log_probability": chosen.cpu()}
-        if self.against is not None:
-            at = next(
-                place for place, pair in enumerate(zip(self.answer, self.against, strict=False)) if len({*pair}) > 1
-            )
-            found["logit_difference"] = (logits[:, at, self.answer[at]] - logits[:, at, self.against[at]]).cpu()
-        return found
 
 
 def causal_trace(
@@ -101,13 +58,15 @@ def causal_trace(
             `BlankRegion`, `ExchangeRegions`, `Counterfactual`, `Noise`.
         answer: The answer; of several tokens all are read. None for the token that the clean run puts first.
         against: Another answer: then the logit difference is measured too, where the two first differ.
-        parts: `"resid"`, `"attn_out"`, `"mlp_out"`, `"heads"`, `Head(3)`, `SAEFeatures(sae, [12])`, or several.
+        parts: `"resid"` (what enters the next block), `"attn_out"`, `"mlp_out"`, `"heads"`, `Head(3)`,
+            `SAEFeatures(sae, [12])`, or several.
         positions: As `tokens` in `steer`, image tokens included, each restored by itself; or named groups of them,
             each restored as a whole, such as `{"the star": BoxTokens(box)}`. `"all"` leaves padding out.
         layers: The layers restored, or the middles of windows; None for all.
         window: How many layers are restored together, at the same positions.
         metric: What `restored` is a share of.
-        min_gap: The least difference of clean and corrupted, in the metric, that is worth tracing; None for any.
+        min_gap: The least difference of the answer's probability, clean less corrupted, that is worth tracing, whatever
+            the metric; a logit difference has to fall by 0.5 as well, a log-probability by 0.05. None for any pair.
         tokens_per_pass: Rows of a pass times their length; None for what suits the device.
         progress: Show a bar.
 
@@ -122,22 +81,12 @@ def causal_trace(
     plan = prepare(
         model, clean, corrupted, answer=answer, against=against, hooks=hooks_of(model, wanted), metric=metric
     )
-    before, after = (plan.measure(one.logits[None]) for one in (plan.clean, plan.corrupted))
-    check_gap(float(before[metric] - after[metric]), min_gap, metric, before, after)
     restoring = bind(model, wanted, plan.clean, plan.corrupted)
+    check_gap(plan, min_gap)
     units = units_of(model, plan, positions)
-    shape = (len(restoring), len(numbers), len(units))
-    values = {name: torch.full(shape, float("nan")) for name in before}
-    counts, tokens = [0, 0], tokens_per_pass or default_tokens(plan)
-    cells = [(p, at) for p in range(len(restoring)) for at in range(len(numbers))]
-    for p, at in tqdm(cells, desc="tracing", disable=not progress):
-        inside = _window(numbers[at], window, model.n_layers)
-        inside = [layer for layer in inside if restoring[p].hook(layer) is not None]
-        if not inside:
-            continue
-        found = _restore(plan, restoring[p], inside, units, after, tokens, counts)
-        for name, one in found.items():
-            values[name][p, at] = one
+    values, n_passes, n_skipped = _restore_all(
+        plan, restoring, numbers, window, units, tokens_per_pass or plan.tokens_per_pass, progress
+    )
     return CausalTrace(
         answer=_spelt(model, plan.answer),
         against=None if plan.against is None else _spelt(model, plan.against),
@@ -150,65 +99,12 @@ def causal_trace(
         tokens=model.token_strings(plan.clean_batch["input_ids"][0]),
         corrupted_tokens=model.token_strings(plan.corrupted_batch["input_ids"][0]),
         layout=plan.clean_batch.layout,
-        clean={name: float(one) for name, one in before.items()},
-        corrupted={name: float(one) for name, one in after.items()},
+        clean=plan.before,
+        corrupted=plan.after,
         values=values,
-        n_passes=counts[0],
-        n_skipped=counts[1],
-    )
-
-
-def default_tokens(plan: Plan) -> int:
-    """How much to do in a pass where nobody says."""
-    return TOKENS_PER_PASS["cpu" if plan.corrupted.logits.device.type == "cpu" else "other"]
-
-
-def prepare(
-    model: VisionLanguageModel,
-    clean: Prompt,
-    corrupted: Prompt | Corruption,
-    *,
-    answer: Target | None = None,
-    against: Target | None = None,
-    hooks: Sequence[str] = (),
-    metric: MetricName = "probability",
-) -> Plan:
-    """Encode and record both runs; see `causal_trace` for the arguments and errors."""
-    batch = encoded(model, clean)
-    if batch.n_rows != 1:
-        raise SelectionError(f"Got {batch.n_rows} prompts; expected one, traced by itself.")
-    kind = corrupted if isinstance(corrupted, Corruption) else None
-    conversation = None if isinstance(clean, EncodedBatch) else clean
-    if kind is None:
-        kind = (
-            Counterfactual(())
-            if isinstance(corrupted, EncodedBatch)
-            else Counterfactual(cast("Conversation", corrupted))
-        )
-    other = Corrupted(encoded(model, corrupted)) if isinstance(corrupted, EncodedBatch) else None
-    other = other or kind.apply(model, conversation, batch)
-    _check_lengths(batch, other.batch)
-    ids = tuple(target_ids(model, answer)) if answer is not None else _likeliest(model, batch)
-    rest = ids[:-1]
-    runner = BlockRunner(model, keep_logits=len(ids))
-    both = [append_tokens(model, one, rest) if rest else one for one in (batch, other.batch)]
-    noise = other.noise
-    if noise is not None and rest:
-        noise = torch.nn.functional.pad(noise, (0, 0, 0, len(rest)))
-    clean_run = runner.record(both[0], hooks)
-    corrupted_run = runner.record(both[1], hooks, noise)
-    return Plan(
-        runner=runner,
-        prompt=batch,
-        clean_batch=both[0],
-        corrupted_batch=both[1],
-        corruption=kind.name,
-        answer=ids,
-        against=None if against is None else _other_answer(model, ids, against),
-        metric=metric,
-        clean=clean_run,
-        corrupted=corrupted_run,
-        keys=runner.keys_of(corrupted_run),
+        n_passes=n_passes,
+        n_skipped=n_skipped,
+        changed_inputs=plan.changed_inputs,
     )
 
 
@@ -229,20 +125,28 @@ def units_of(model: VisionLanguageModel, plan: Plan, positions: Positions) -> li
     return [Unit(name, tuple(one.tolist())) for name, one in groups.items()]
 
 
-def check_gap(
-    gap: float, min_gap: float | None, metric: str, clean: Mapping[str, Tensor], corrupted: Mapping[str, Tensor]
-) -> None:
-    """Refuse a pair whose answer the corruption did not take away.
-
-    Raises:
-        NoGapError: it did not.
-    """
-    if min_gap is not None and not gap >= min_gap:
-        raise NoGapError(
-            f"The {metric.replace('_', ' ')} of the answer is {float(clean[metric]):.4g} in the clean run and "
-            f"{float(corrupted[metric]):.4g} in the corrupted one; expected at least {min_gap:g} less. Corrupt more, "
-            "or choose a prompt that the model answers."
-        )
+def _restore_all(
+    plan: Plan,
+    restoring: Sequence[Restoring],
+    numbers: Sequence[int],
+    window: int,
+    units: Sequence[Unit],
+    tokens_per_pass: int,
+    progress: bool,
+) -> tuple[dict[str, Float[Tensor, "parts layers units"]], int, int]:
+    """Each metric for every cell, how many passes that took, and how many cells needed none."""
+    shape = (len(restoring), len(numbers), len(units))
+    values = {name: torch.full(shape, float("nan")) for name in plan.before}
+    counts = [0, 0]
+    cells = [(p, at) for p in range(len(restoring)) for at in range(len(numbers))]
+    for p, at in tqdm(cells, desc="tracing", disable=not progress):
+        inside = _window(numbers[at], window, len(plan.runner.blocks))
+        inside = [layer for layer in inside if restoring[p].hook(layer) is not None]
+        if not inside:
+            continue
+        for name, one in _restore(plan, restoring[p], inside, units, tokens_per_pass, counts).items():
+            values[name][p, at] = one
+    return values, counts[0], counts[1]
 
 
 def _restore(
@@ -250,13 +154,13 @@ def _restore(
     part: Restoring,
     layers: Sequence[int],
     units: Sequence[Unit],
-    corrupted: Mapping[str, Tensor],
     tokens_per_pass: int,
     counts: list[int],
 ) -> dict[str, Float[Tensor, " units"]]:
     """Restore one part of some layers at every unit, by itself."""
-    found = {name: value.expand(len(units)).clone() for name, value in corrupted.items()}
-    differs = torch.stack([part.changed(layer) for layer in layers]).any(0).cpu()
+    found = {name: torch.full((len(units),), value) for name, value in plan.after.items()}
+    # one layer may lie on another device than the next
+    differs = torch.stack([part.changed(layer).cpu() for layer in layers]).any(0)
     wanted = [index for index, unit in enumerate(units) if bool(differs[list(unit.positions)].any())]
     counts[1] += len(units) - len(wanted)
     # The latest positions together: a pass is as long as its earliest position needs.
@@ -272,8 +176,8 @@ def _restore(
 def _batches(plan: Plan, wanted: Sequence[int], units: Sequence[Unit], tokens_per_pass: int) -> Iterator[list[int]]:
     rows: list[int] = []
     for index in wanted:
-        length = plan.n_tokens - (min(units[index].positions) if plan.keys is not None else 0)
-        if rows and (len(rows) + 1) * length > tokens_per_pass:
+        cost = plan.row_cost(min(units[index].positions) if plan.keys is not None else 0)
+        if rows and (len(rows) + 1) * cost > tokens_per_pass:
             yield rows
             rows = []
         rows.append(index)
@@ -352,30 +256,6 @@ def _checked(
     if metric == "logit_difference" and against is None:
         raise ConfigError("Got metric='logit_difference' without another answer; give against=...")
     return numbers
-
-
-def _check_lengths(clean: EncodedBatch, corrupted: EncodedBatch) -> None:
-    same = corrupted.n_rows == 1 and torch.equal(
-        clean.layout.modality == Modality.IMAGE, corrupted.layout.modality == Modality.IMAGE
-    )
-    if clean.layout.n_tokens != corrupted.layout.n_tokens or not same:
-        raise SelectionError(
-            f"The clean prompt has {clean.layout.n_tokens} tokens, {int(clean.layout.is_image.sum())} of a picture; "
-            f"the corrupted one {corrupted.layout.n_tokens} and {int(corrupted.layout.is_image.sum())}. Expected the "
-            "same in the same places: use words of as many tokens and a picture of the same size."
-        )
-
-
-@torch.no_grad()
-def _likeliest(model: VisionLanguageModel, batch: EncodedBatch) -> tuple[int, ...]:
-    return (int(model._module(**batch, use_cache=False).logits[0, -1].argmax()),)
-
-
-def _other_answer(model: VisionLanguageModel, answer: Sequence[int], against: Target) -> tuple[int, ...]:
-    other = tuple(target_ids(model, against))
-    if all(one == two for one, two in zip(answer, other, strict=False)):
-        raise ConfigError(f"Got against={against!r}, which begins as the answer does; expected another answer.")
-    return other
 
 
 def _spelt(model: VisionLanguageModel, ids: Sequence[int]) -> str:

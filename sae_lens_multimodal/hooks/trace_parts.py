@@ -88,7 +88,11 @@ class RestoredHook(Restoring):
         for layer in range(model.n_layers):
             name = self.hook(layer)
             point = model.hooks.resolve(name)
-            self._clean[layer] = self._own(value_of(clean.values[name], point)[0])
+            value = value_of(clean.values[name], point)[0]
+            if self._hook == HOOKS["resid"]:
+                # what the model adds before the next block is restored too: the corrupted run's is added again later
+                value = value + _more_added(clean.added[layer], corrupted.added[layer], value)
+            self._clean[layer] = self._own(value)
             self._corrupted[layer] = self._own(value_of(corrupted.values[name], point)[0])
         return self
 
@@ -144,14 +148,27 @@ class RestoredFeatures(Restoring):
         return restored
 
 
+def _more_added(clean: Tensor | None, corrupted: Tensor | None, like: Tensor) -> Tensor:
+    """What a model adds between two blocks in the clean run, less what it adds in the corrupted one."""
+    one, two = (torch.zeros_like(like) if added is None else added[0].to(like) for added in (clean, corrupted))
+    return one - two
+
+
 @torch.no_grad()
 def added_by(
     sae: SAE[Any], acts: Float[Tensor, "tokens d_in"], features: Sequence[int] | None
 ) -> Float[Tensor, "tokens d_in"]:
     """What some features, or all, add to the value of each token."""
     chosen = list(range(sae.cfg.d_sae)) if features is None else check_features(sae, features)
-    activations = encode_tokens(sae, acts, features=chosen)
-    added = activations @ decoder_directions(sae, chosen).to(activations)
+    return decoded(sae, acts, encode_tokens(sae, acts, features=chosen), chosen)
+
+
+@torch.no_grad()
+def decoded(
+    sae: SAE[Any], acts: Float[Tensor, "tokens d_in"], activations: Float[Tensor, "tokens k"], features: Sequence[int]
+) -> Float[Tensor, "tokens d_in"]:
+    """What features of known activations add to the value of each token."""
+    added = activations @ decoder_directions(sae, features).to(activations)
     scale = output_scale(sae, acts)
     return (added if scale is None else added * scale.to(added)).float()
 

@@ -77,6 +77,8 @@ class CausalTrace:
     """Forward passes that the restorings took, each over several rows."""
     n_skipped: int
     """Cells at which clean and corrupted are the same, so that nothing had to be run."""
+    changed_inputs: list[int] = field(default_factory=list)
+    """Positions whose input the corruption changed: restoring them, early, undoes the corruption itself."""
 
     @property
     def gap(self) -> float:
@@ -114,8 +116,18 @@ class CausalTrace:
         """
         return self.restored[self._part(name)]
 
-    def top(self, n: int = 10, *, part: str | None = None) -> list[Cell]:
+    def is_corrupted(self, unit: int) -> bool:
+        """Whether a unit holds a token, or a piece of a picture, whose input the corruption changed."""
+        return not set(self.units[unit].positions).isdisjoint(self.changed_inputs)
+
+    def top(self, n: int = 10, *, part: str | None = None, corrupted_tokens: bool = True) -> list[Cell]:
         """The cells that bring most back, the strongest first.
+
+        Args:
+            n: how many.
+            part: of one part alone.
+            corrupted_tokens: whether cells at tokens whose input the corruption changed count; restoring those in early
+                layers undoes the corruption, which says nothing about the model.
 
         Raises:
             ConfigError: `n` is below 1, or the part was not traced.
@@ -127,6 +139,9 @@ class CausalTrace:
             only = torch.full_like(shares, float("-inf"))
             only[self._part(part)] = shares[self._part(part)]
             shares = only
+        if not corrupted_tokens:
+            hidden = [unit for unit in range(len(self.units)) if self.is_corrupted(unit)]
+            shares[:, :, hidden] = float("-inf")
         order = shares.flatten().argsort(descending=True, stable=True)[:n].tolist()
         cells = (np.unravel_index(index, tuple(shares.shape)) for index in order)
         found = [(int(p), int(layer), int(u)) for p, layer, u in cells]
@@ -198,6 +213,7 @@ class CausalTrace:
             "values": {name: _plain(values) for name, values in self.values.items()},
             "n_passes": self.n_passes,
             "n_skipped": self.n_skipped,
+            "changed_inputs": self.changed_inputs,
         }
 
     def save(self, folder: Path | str) -> Path:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment  # type: ignore[import-untyped]
 
+from sae_lens_multimodal.errors import ConfigError
 from sae_lens_multimodal.features.precision import Firings, above_chance, concept_precisions, prevalence_of
 from sae_lens_multimodal.scenes.concepts import CONCEPTS, Concept
 from sae_lens_multimodal.scenes.questions import list_question
@@ -50,7 +51,7 @@ class ConceptTruth:
 
     @property
     def score(self) -> float:
-        """Mean average precision above chance of the matched pairs."""
+        """Mean average precision above chance of the matched pairs: no share of attributes that are found."""
         return float(np.mean([one.above_chance for one in self.matches])) if self.matches else 0.0
 
 
@@ -84,7 +85,11 @@ def state_labels(
 
     Returns:
         int8 [states, concepts], 1 or 0.
+
+    Raises:
+        ConfigError: the word is said of no object.
     """
+    spoken = set(states.word.lower().split())
     labels = np.zeros((len(states), len(concepts)), dtype=np.int8)
     places: dict[int, list[int]] = {}
     for index, (row, start) in enumerate(zip(states.rows, states.shard.word[:, 0].tolist(), strict=True)):
@@ -92,7 +97,13 @@ def state_labels(
         if start not in own:
             own.append(start)
         things = _attributes_of(int(rows[row]["scene_seeds"][0]))
-        holding = [thing for thing in things if states.word.lower() in thing.values()]
+        # Of a phrase every word is an attribute.
+        holding = [thing for thing in things if spoken <= set(thing.values())]
+        if own.index(start) >= len(holding):
+            raise ConfigError(
+                f"Row {row} says {states.word!r} of no object of its scene; expected an attribute, or several as "
+                "captions tell them, such as 'solid circle'."
+            )
         attributes = holding[own.index(start)]
         labels[index] = [all(attributes.get(p.kind) == p.value for p in one.parts) for one in concepts]
     return labels
@@ -139,14 +150,17 @@ def concept_truth(
         states: of `caption_rows` rows; best such that the concepts were not found on.
         rows: those rows.
     """
-    _, codes = dictionary.one_sided(dictionary.encode(states.states.to(dictionary.concepts.dtype)))
-    return match_concepts(codes, state_labels(states, rows))
+    return match_concepts(_codes(dictionary, states), state_labels(states, rows))
 
 
 def shuffled_truth(
     dictionary: ConceptDictionary, states: ConceptStates, rows: Sequence[Mapping[str, Any]], *, seed: int = 0
 ) -> ConceptTruth:
     """The floor: the same with every state's labels given to another state."""
-    _, codes = dictionary.one_sided(dictionary.encode(states.states.to(dictionary.concepts.dtype)))
     order = torch.randperm(len(states), generator=torch.Generator().manual_seed(seed)).numpy()
-    return match_concepts(codes, state_labels(states, rows)[order])
+    return match_concepts(_codes(dictionary, states), state_labels(states, rows)[order])
+
+
+def _codes(dictionary: ConceptDictionary, states: ConceptStates) -> Tensor:
+    dictionary.check_states(states)
+    return dictionary.encode(states.states.to(dictionary.concepts.dtype))

@@ -10,12 +10,12 @@ from typing import Any
 
 from sae_lens import SAE
 from sae_lens.constants import RUNNER_CFG_FILENAME
-from safetensors import SafetensorError
 
 from sae_lens_multimodal.adapters.model import VisionLanguageModel, load_model
 from sae_lens_multimodal.data.rows import Prompt, SkipReport
-from sae_lens_multimodal.errors import ConfigError, SAEMismatchError, StoreError
+from sae_lens_multimodal.errors import ConfigError, SAEMismatchError
 from sae_lens_multimodal.files import MANIFEST_NAME, read_json
+from sae_lens_multimodal.hooks.load_sae import load_sae
 from sae_lens_multimodal.training.config import MultimodalSAERunnerConfig
 from sae_lens_multimodal.training.output import METADATA_KEY, describe_dataset
 from sae_lens_multimodal.training.prompts import PromptSource, open_source
@@ -23,22 +23,6 @@ from sae_lens_multimodal.training.store import token_choice
 from sae_lens_multimodal.training.tokens import TokenChoice
 
 logger = logging.getLogger(__name__)
-
-
-def load_sae(folder: str | Path, device: str = "cpu") -> SAE[Any]:
-    """Read an SAE that SAE-Lens saved.
-
-    Raises:
-        StoreError: there is none, or it cannot be read.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise StoreError(f"{folder} is not a folder; expected one that SAE-Lens saved (cfg.json and weights).")
-    try:
-        sae: SAE[Any] = SAE.load_from_disk(folder, device=device)
-    except (OSError, KeyError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
-        raise StoreError(f"{folder} cannot be read as a SAE that SAE-Lens saved: {error}") from error
-    return sae
 
 
 @dataclass(frozen=True)

@@ -123,9 +123,9 @@ def test_from_a_checkpoint_both_go_on_to_the_same_weights(trained: Path, name: s
 
 
 def test_as_many_processes_have_to_go_on_as_there_were(trained: Path) -> None:
-    found = sorted((trained / "checkpoints").glob("*/*/trainer_state.safetensors"))
-    assert found
-    alone = {**settings(SAES["topk"]), "output_path": None, "resume_from_checkpoint": str(found[0].parent)}
+    saved = [path.parent for path in (trained / "checkpoints").glob("*/*/runner_cfg.json")]
+    written = {json.loads((one / "runner_cfg.json").read_text())["sae"]["architecture"]: one for one in saved}
+    alone = {**settings(SAES["topk"]), "output_path": None, "resume_from_checkpoint": str(written["topk"])}
     rows = [{"text": "what is this ?"}] * 24
     runner = runner_module.MultimodalSAETrainingRunner(build_config(alone), rows)
     with pytest.raises(StoreError, match="by 2 processes together, this run has 1"):
