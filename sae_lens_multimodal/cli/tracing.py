@@ -13,8 +13,8 @@ from sae_lens_multimodal.errors import ConfigError
 if TYPE_CHECKING:
     from sae_lens_multimodal.adapters.model import VisionLanguageModel
     from sae_lens_multimodal.hooks.trace_corruptions import Corruption
-    from sae_lens_multimodal.hooks.trace_result import CausalTrace, MetricName
-    from sae_lens_multimodal.hooks.trace_story import TraceStory
+    from sae_lens_multimodal.hooks.trace_findings import Confirmation, TraceStory
+    from sae_lens_multimodal.hooks.trace_result import CausalTrace, Cell, MetricName
 
 Commands = argparse._SubParsersAction  # the only name argparse has for it
 
@@ -37,19 +37,37 @@ def add_trace(commands: Commands[argparse.ArgumentParser]) -> None:
     trace.add_argument("--constraint", metavar="WORDS", help="the words of the question that --replace is about")
     trace.add_argument("--replace", metavar="WORDS", help="other words of as many tokens in the constraint's place")
     trace.add_argument("--other-prompt", help="another question of as many tokens")
-    trace.add_argument("--other-image", type=Path, help="another picture in place of the first")
-    trace.add_argument("--blank", metavar="X0,Y0,X1,Y1", help="a box of the first picture to paint over, in its pixels")
+    trace.add_argument("--other-image", type=Path, help="another picture in place of one")
+    trace.add_argument("--blank", metavar="X0,Y0,X1,Y1", help="a box of a picture to paint over, in its pixels")
+    trace.add_argument(
+        "--picture", type=int, default=1, metavar="N", help="which --image --other-image and --blank mean (default: 1)"
+    )
     trace.add_argument("--noise", type=float, metavar="X", help="noise of X standard deviations on the image tokens")
     trace.add_argument("--parts", default=PARTS, help="of resid, attn_out, mlp_out, heads (default: %(default)s)")
     trace.add_argument("--tokens", choices=("all", "image", "text", "last"), default="all", help="which to restore")
     trace.add_argument("--window", type=int, default=1, help="layers restored together (default: %(default)s)")
     trace.add_argument("--metric", choices=("probability", "log_probability", "logit_difference"))
-    trace.add_argument("--min-gap", type=float, default=0.05, help="least that must be lost (default: %(default)s)")
+    trace.add_argument("--min-gap", type=float, default=0.05, help="least probability lost (default: %(default)s)")
     trace.add_argument(
         "--sae", type=Path, action="append", default=[], help="an SAE: name the features of the hot cell"
     )
     trace.add_argument("--features", type=int, default=5, help="with --sae: how many (default: %(default)s)")
-    trace.add_argument("--explanations", type=Path, help="with --sae: a store, or a folder of its explanations")
+    trace.add_argument(
+        "--explanations",
+        type=Path,
+        action="append",
+        default=[],
+        help="with --sae: a store, or a folder of its explanations; repeat in the order of several --sae",
+    )
+    trace.add_argument(
+        "--held-out",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="PICTURE",
+        help="with --sae: another picture, of the first one's size, of which the question has the same answer: whether "
+        "the features confirm there (repeat for several)",
+    )
     trace.add_argument("--top", type=int, default=10, help="cells shown (default: %(default)s)")
     trace.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, … (default: %(default)s)")
     trace.add_argument("--dtype", help="float32, bfloat16, … (default: the checkpoint's)")
@@ -77,7 +95,7 @@ def trace(options: Namespace) -> None:
         found = causal_trace(model, question, corruption, parts=parts, window=options.window, metric=metric, **shared)
         sys.stdout.write("\n".join(trace_lines(found, options.top)) + "\n")
     if options.output is not None:
-        pictures = {options.prompt: open_image(options.image[0])} if options.image else {}
+        pictures = {options.prompt: [open_image(path) for path in options.image]}
         page = build_trace_report({options.prompt: found}, output=options.output, pictures=pictures)
         sys.stdout.write(f"{page}\n")
 
@@ -112,9 +130,9 @@ def _corruption(options: Namespace, model: VisionLanguageModel, question: list[d
     if options.other_prompt is not None:
         return Counterfactual(_question(options, options.other_prompt))
     if options.other_image is not None:
-        return OtherImage(open_image(options.other_image))
+        return OtherImage(open_image(options.other_image), options.picture - 1)
     if options.blank is not None:
-        return BlankRegion(_box(options.blank))
+        return BlankRegion(_box(options.blank), options.picture - 1)
     return Noise("image", scale=options.noise)
 
 

@@ -26,6 +26,7 @@ from sae_lens_multimodal.demo.settings import DemoSettings
 from sae_lens_multimodal.demo.steering import SteeringResult, steer_features
 from sae_lens_multimodal.demo.tables import summary_tables
 from sae_lens_multimodal.errors import StoreError
+from sae_lens_multimodal.features.describe import describe_features
 from sae_lens_multimodal.features.harvest import harvest
 from sae_lens_multimodal.features.store import FeatureStore
 from sae_lens_multimodal.files import MANIFEST_NAME, read_manifest, write_json, write_manifest
@@ -78,7 +79,7 @@ def run_demo(
         sae = train_sae(model, settings, output / "sae")
     with _step("2/7 measuring its reconstruction on unseen scenes", seconds, "evaluate", say):
         reconstruction = _evaluate(model, sae, settings)
-    with _step("3/7 harvesting what every feature responds to", seconds, "harvest", say):
+    with _step("3/7 harvesting what every feature responds to, and what it has to do with others", seconds, "harvest", say):
         store = _harvest(model, sae, settings, output / "features")
     with _step("4/7 comparing the features with the scenes' masks and words", seconds, "truth", say):
         truths = _fit(model, sae, settings)
@@ -161,7 +162,7 @@ def _evaluate(model: VisionLanguageModel, sae: SAE[Any], settings: DemoSettings)
 
 
 def _harvest(model: VisionLanguageModel, sae: SAE[Any], settings: DemoSettings, output: Path) -> FeatureStore:
-    return harvest(
+    store = harvest(
         model,
         sae,
         scenes_dataset(_data_seed(settings, 3), settings.harvest_prompts, kinds=("scene", "scene", "text")),
@@ -172,6 +173,7 @@ def _harvest(model: VisionLanguageModel, sae: SAE[Any], settings: DemoSettings, 
         batch_size=settings.batch_size,
         seed=settings.seed,
     )
+    return describe_features(model, sae, store)
 
 
 def _fit(model: VisionLanguageModel, sae: SAE[Any], settings: DemoSettings) -> dict[str, Truth]:

@@ -3,102 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias, cast
 
 import torch
-from jaxtyping import Float
 from sae_lens import SAE
-from torch import Tensor
 
 from sae_lens_multimodal.adapters.model import VisionLanguageModel
-from sae_lens_multimodal.errors import ConfigError, SAEMismatchError
+from sae_lens_multimodal.errors import ConfigError, SAEMismatchError, SelectionError
+from sae_lens_multimodal.hooks.attribute import chosen_tokens
 from sae_lens_multimodal.hooks.metrics import Target
-from sae_lens_multimodal.hooks.saes import check_sae, decoder_directions, encode_tokens, output_scale
-from sae_lens_multimodal.hooks.trace import (
-    Plan,
-    Positions,
-    Prompt,
-    causal_trace,
-    default_tokens,
-    prepare,
-)
+from sae_lens_multimodal.hooks.saes import check_sae
+from sae_lens_multimodal.hooks.trace import Positions, causal_trace
 from sae_lens_multimodal.hooks.trace_corruptions import Corruption
-from sae_lens_multimodal.hooks.trace_parts import HOOKS, Part, added_by
+from sae_lens_multimodal.hooks.trace_findings import Confirmation, FeatureFinding, HeldOut, TraceStory
+from sae_lens_multimodal.hooks.trace_parts import HOOKS, Part
+from sae_lens_multimodal.hooks.trace_plan import Prompt, check_gap, prepare
 from sae_lens_multimodal.hooks.trace_result import CausalTrace, Cell, MetricName
-from sae_lens_multimodal.hooks.trace_run import KeptKeys, Recording, value_of
+from sae_lens_multimodal.hooks.trace_site import Site
 
 CANDIDATES = 64
 """Features that are tried: those whose part in the value changes most."""
 RANDOM_DRAWS = 8
 """Random sets of as many other features that the confirmation is held against."""
+NEAREST = 4
+"""Each random feature is one of this many others whose weight is next to a found feature's."""
 
-
-@dataclass(frozen=True, kw_only=True)
-class FeatureFinding:
-    """One feature at the hot cell."""
-
-    feature: int
-    clean: float
-    """Its largest activation there in the clean run."""
-    corrupted: float
-    """In the corrupted run."""
-    restored: float
-    """The share of the answer that it alone brings back when its clean activation is put into the corrupted run."""
-    ablated: float
-    """The share of the answer that is lost when it alone is ablated there in the clean run."""
-    exchanged: float
-    """The share that is lost when its corrupted activation is put into the clean run."""
-    explanation: str | None = None
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class TraceStory:
-    """A trace, its hot cell, and the features that carry the answer there."""
-
-    trace: CausalTrace
-    cell: Cell
-    """The hottest cell at which there is an SAE."""
-    hottest: Cell
-    """The hottest cell of the whole trace."""
-    hook_name: str
-    """Where the SAE reads."""
-    n_active: int
-    """Features that are active there in either run."""
-    features: list[FeatureFinding] = field(repr=False)
-    """Chosen one after the other: beside those before it each brings most back and takes most away."""
-    restored_all: float
-    """The share that all of the SAE's features bring back; the rest of the cell's is in the SAE's error."""
-    restored_together: float
-    """The share that the features listed bring back together."""
-    ablated_together: float
-    """The share of the answer that is lost when they are ablated together in the clean run."""
-    exchanged_together: float
-    """The share that is lost when their corrupted activations are put into the clean run together."""
-    ablated_random: float
-    """The mean of `ablated_together` over sets of as many other features there."""
-    exchanged_random: float
-    """The mean of `exchanged_together` over the same sets."""
-    n_random: int
-    """How many such sets there were; 0 where nothing else is active."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return it as plain JSON values."""
-        return {
-            "trace": self.trace.to_dict(),
-            "cell": self.cell._asdict(),
-            "hottest": self.hottest._asdict(),
-            "hook_name": self.hook_name,
-            "n_active": self.n_active,
-            "restored_all": self.restored_all,
-            "restored_together": self.restored_together,
-            "ablated_together": self.ablated_together,
-            "exchanged_together": self.exchanged_together,
-            "ablated_random": self.ablated_random if self.n_random else None,
-            "exchanged_random": self.exchanged_random if self.n_random else None,
-            "n_random": self.n_random,
-            "features": [vars(one) for one in self.features],
-        }
+Explanations: TypeAlias = "Mapping[int, str] | Mapping[str, Mapping[int, str]]"
+"""What features stand for, by number; or, of several SAEs, by the SAE's hook and then by number."""
+Places: TypeAlias = dict[tuple[str, int], SAE[Any]]
+"""SAEs by the part and layer that they read."""
 
 
 @torch.no_grad()
@@ -111,198 +44,180 @@ def trace_features(
     answer: Target | None = None,
     against: Target | None = None,
     positions: Positions = "all",
+    cell: Cell | None = None,
     metric: MetricName | None = None,
     min_gap: float | None = 0.05,
     n_features: int = 5,
-    explanations: Mapping[int, str] | None = None,
+    explanations: Explanations | None = None,
+    held_out: Sequence[HeldOut] = (),
     seed: int = 0,
     tokens_per_pass: int | None = None,
     progress: bool = False,
 ) -> TraceStory:
     """Trace an answer, go to the hottest cell that an SAE reads, and find and confirm the features that carry it.
 
-    Features are chosen by what their clean activations bring back to the corrupted run, and what their corrupted ones
-    take from the clean run. Then they are ablated in the clean run at the same tokens, one by one, together, and beside
-    random sets of other features active there.
+    Cells at tokens that the corruption itself changed are passed over where there are others: restoring those undoes
+    the corruption, so that they are hot in every model. Features are chosen by what their clean activations bring back
+    to the corrupted run, and what their corrupted ones take from the clean run. Then they are ablated and exchanged in
+    the clean run, one by one, together, and beside random sets of other features of like weight. Being chosen on the
+    same prompts flatters them; `held_out` pairs say what is left where they were not.
 
     Args:
         model: The model, without edits.
-        saes: An SAE on the residual stream, the attention's or the MLP's output of a block; or several, for the
-            hottest cell among theirs.
+        saes: An SAE on the residual stream, the attention's or the MLP's output of a block; or several at different
+            hooks, for the hottest cell among theirs.
         clean: As in `causal_trace`, like all that is not named here.
         corrupted: As there.
         answer: As there.
         against: As there.
         positions: As there.
+        cell: A cell of a trace over the same positions, at a part and layer that an SAE reads; None for the hottest.
         metric: As there; None for the logit difference where there is another answer, else the log-probability, for a
             probability near 1 hides what a single feature does.
         min_gap: As there.
         n_features: How many features to name and ablate.
-        explanations: What features stand for, by number, where that is known; of the SAE at the hot cell.
+        explanations: What features stand for, by number, where that is known; of several SAEs, such a mapping for the
+            name of each one's hook.
+        held_out: Other pairs of prompts with the same answer, such as the same question about other pictures.
         seed: Of the random sets.
         tokens_per_pass: As there.
         progress: Show bars.
 
     Raises:
         SAEMismatchError: an SAE does not fit the model, or reads something that is not traced.
-        ConfigError: `n_features` is below 1.
-        NoGapError, SelectionError: as `causal_trace`.
+        ConfigError: `n_features` is below 1, two SAEs read one hook, it is not said to which SAE explanations belong,
+            or no SAE reads the cell.
+        NoGapError, SelectionError: as `causal_trace`, also for held-out pairs.
     """
     if n_features < 1:
         raise ConfigError(f"Got n_features={n_features}; expected 1 or more.")
+    places = _places(model, list(saes) if isinstance(saes, list | tuple) else [cast("SAE[Any]", saes)])
+    known = _by_hook(explanations, [_hook(*place) for place in places])
     metric = metric or ("log_probability" if against is None else "logit_difference")
-    places = {_place(model, sae): sae for sae in (saes if isinstance(saes, list | tuple) else [saes])}
-    parts: list[Part] = [part for part in HOOKS if any(part == place[0] for place in places)]
     trace = causal_trace(
-        model,
-        clean,
-        corrupted,
-        answer=answer,
-        against=against,
-        parts=[*parts, *(part for part in ("attn_out", "mlp_out") if part not in parts)],
-        positions=positions,
-        metric=metric,
-        min_gap=min_gap,
-        tokens_per_pass=tokens_per_pass,
-        progress=progress,
-    )
-    cell = max((_best(trace, *place) for place in places), key=lambda one: one.restored)
-    sae = places[cell.part, cell.layer]
-    name = check_sae(model, sae)
+        model, clean, corrupted, answer=answer, against=against, parts=_parts(places), positions=positions,
+        metric=metric, min_gap=min_gap, tokens_per_pass=tokens_per_pass, progress=progress,
+    )  # fmt: skip
+    cell = _hottest(trace, places) if cell is None else _given(trace, places, cell)
+    sae, name = places[cell.part, cell.layer], _hook(cell.part, cell.layer)
     plan = prepare(model, clean, corrupted, answer=answer, against=against, hooks=[name], metric=metric)
-    site = _Site.of(plan, sae, name, trace.units[cell.unit].positions, tokens_per_pass or default_tokens(plan))
-    return _told(trace, cell, site, n_features, explanations or {}, seed)
+    site = Site.of(plan, sae, name, trace.units[cell.unit].positions, tokens_per_pass)
+    others = [_elsewhere(model, site, pair, answer, against, min_gap) for pair in held_out]
+    return _told(trace, cell, site, others, n_features, known.get(name, {}), seed)
+
+
+def _places(model: VisionLanguageModel, saes: Sequence[SAE[Any]]) -> Places:
+    found: Places = {}
+    for sae in saes:
+        place = _place(model, sae)
+        if place in found:
+            raise ConfigError(f"Got two SAEs at {_hook(*place)}; expected one at each hook.")
+        found[place] = sae
+    if not found:
+        raise ConfigError("Got no SAE; expected one or several at different hooks.")
+    return found
 
 
 def _place(model: VisionLanguageModel, sae: SAE[Any]) -> tuple[str, int]:
     name = check_sae(model, sae)
     point = model.hooks.resolve(name)
-    for part, hook in HOOKS.items():
-        if point.layer is not None and name == f"blocks.{point.layer}.{hook}":
+    for part in HOOKS:
+        if point.layer is not None and name == _hook(part, point.layer):
             return part, point.layer
     raise SAEMismatchError(f"Got an SAE at {name}; a trace restores {', '.join(HOOKS.values())} of each block.")
 
 
-def _best(trace: CausalTrace, part: str, layer: int) -> Cell:
-    shares = trace.part(part)[trace.layers.index(layer)].nan_to_num(nan=float("-inf"))
-    unit = int(shares.argmax())
-    return Cell(part, layer, unit, trace.units[unit].label, float(shares[unit]))
+def _hook(part: str, layer: int) -> str:
+    return f"blocks.{layer}.{HOOKS[part]}"
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Site:
-    """The SAE at the tokens of the hot cell, in both runs, and ways to run on from there."""
-
-    plan: Plan
-    sae: SAE[Any]
-    name: str
-    places: Tensor
-    clean: Float[Tensor, "places d_in"]
-    corrupted: Float[Tensor, "places d_in"]
-    z_clean: Float[Tensor, "places d_sae"]
-    z_corrupted: Float[Tensor, "places d_sae"]
-    clean_keys: KeptKeys | None
-    tokens_per_pass: int
-
-    @classmethod
-    def of(cls, plan: Plan, sae: SAE[Any], name: str, positions: Sequence[int], tokens_per_pass: int) -> _Site:
-        point = plan.runner.point(name)
-        places = torch.tensor(positions)
-        one, two = (value_of(run.values[name], point)[0][places] for run in (plan.clean, plan.corrupted))
-        return cls(
-            plan=plan,
-            sae=sae,
-            name=name,
-            places=places,
-            clean=one,
-            corrupted=two,
-            z_clean=encode_tokens(sae, one).detach(),
-            z_corrupted=encode_tokens(sae, two).detach(),
-            clean_keys=plan.runner.keys_of(plan.clean),
-            tokens_per_pass=tokens_per_pass,
+def _by_hook(explanations: Explanations | None, names: Sequence[str]) -> dict[str, Mapping[int, str]]:
+    """Explanations by hook; numbers alone say too little where there are several SAEs."""
+    if not explanations:
+        return {}
+    if all(isinstance(key, str) for key in explanations):
+        strangers = sorted(set(cast("Mapping[str, Any]", explanations)) - set(names))
+        if strangers:
+            raise ConfigError(f"Got explanations for {', '.join(strangers)}; the SAEs read {', '.join(names)}.")
+        return dict(cast("Mapping[str, Mapping[int, str]]", explanations))
+    if len(names) > 1:
+        raise ConfigError(
+            f"Got explanations by number for {len(names)} SAEs, of which each has a feature of every number; give "
+            f'them by hook, such as {{"{names[0]}": {{12: "red things"}}}}.'
         )
+    return {names[0]: cast("Mapping[int, str]", explanations)}
 
-    @property
-    def before(self) -> float:
-        """The metric in the clean run."""
-        return float(self.plan.measure(self.plan.clean.logits[None])[self.plan.metric])
 
-    @property
-    def after(self) -> float:
-        """The metric in the corrupted run."""
-        return float(self.plan.measure(self.plan.corrupted.logits[None])[self.plan.metric])
+def _parts(places: Places) -> list[Part]:
+    """What is traced: what SAEs read first, and always what attention and MLP give."""
+    read: list[Part] = [part for part in HOOKS if any(part == place[0] for place in places)]
+    return [*read, *(part for part in ("attn_out", "mlp_out") if part not in read)]
 
-    def restored(self, sets: Sequence[Sequence[int]]) -> list[float]:
-        """The share that each set of features brings back in the corrupted run."""
-        found = self._run(self.plan.corrupted, self.plan.keys, [self._difference(one) for one in sets])
-        return [(value - self.after) / (self.before - self.after) for value in found]
 
-    def exchanged(self, sets: Sequence[Sequence[int]]) -> list[float]:
-        """The share of the answer that is lost when each set's corrupted activations are put into the clean run."""
-        found = self._run(self.plan.clean, self.clean_keys, [-self._difference(one) for one in sets])
-        return [(self.before - value) / (self.before - self.after) for value in found]
+def _hottest(trace: CausalTrace, places: Places) -> Cell:
+    """The hottest cell that an SAE reads, at tokens that the corruption left alone where there are such."""
+    spared = [unit for unit in range(len(trace.units)) if not trace.is_corrupted(unit)]
+    units = spared or list(range(len(trace.units)))
+    found = []
+    for part, layer in places:
+        shares = trace.part(part)[trace.layers.index(layer)].nan_to_num(nan=float("-inf"))
+        unit = units[int(shares[units].argmax())]
+        found.append(Cell(part, layer, unit, trace.units[unit].label, float(shares[unit])))
+    return max(found, key=lambda one: one.restored)
 
-    def ablated(self, sets: Sequence[Sequence[int]]) -> list[float]:
-        """The share of the answer that is lost without each set of features in the clean run."""
-        added = [-self._added(self.clean, self.z_clean, one) for one in sets]
-        found = self._run(self.plan.clean, self.clean_keys, added)
-        return [(self.before - value) / (self.before - self.after) for value in found]
 
-    def all_features(self) -> Tensor:
-        """What all features together add to the value, clean instead of corrupted."""
-        return added_by(self.sae, self.clean, None) - added_by(self.sae, self.corrupted, None)
+def _given(trace: CausalTrace, places: Places, cell: Cell) -> Cell:
+    if (cell.part, cell.layer) not in places:
+        read = ", ".join(_hook(*one) for one in places)
+        raise ConfigError(f"Got a cell at {cell.part} of layer {cell.layer}; the SAEs read {read}.")
+    if not 0 <= cell.unit < len(trace.units) or trace.units[cell.unit].label != cell.label:
+        raise ConfigError(f"Got the cell {cell.label!r}, which is not among the positions; trace the same ones again.")
+    share = float(trace.part(cell.part)[trace.layers.index(cell.layer), cell.unit])
+    return cell._replace(restored=share)
 
-    def weight(self) -> Float[Tensor, " d_sae"]:
-        """How much each feature's part in the value differs between the runs."""
-        norms = decoder_directions(self.sae, range(self.sae.cfg.d_sae)).norm(dim=-1)
-        return (self.z_clean - self.z_corrupted).abs().sum(0) * norms.to(self.z_clean)
 
-    def share_of(self, added: Tensor) -> float:
-        """The share that something added to the corrupted value brings back."""
-        value = self._run(self.plan.corrupted, self.plan.keys, [added])[0]
-        return (value - self.after) / (self.before - self.after)
-
-    def _difference(self, features: Sequence[int]) -> Tensor:
-        """What features add in the clean run, less what they add in the corrupted one."""
-        clean = self._added(self.clean, self.z_clean, features)
-        return clean - self._added(self.corrupted, self.z_corrupted, features)
-
-    def _added(self, acts: Tensor, z: Tensor, features: Sequence[int]) -> Tensor:
-        chosen = list(features)
-        added = z[:, chosen] @ decoder_directions(self.sae, chosen).to(z)
-        scale = output_scale(self.sae, acts)
-        return (added if scale is None else added * scale.to(added)).detach().float()
-
-    @torch.no_grad()
-    def _run(self, recording: Recording, keys: KeptKeys | None, added: Sequence[Tensor]) -> list[float]:
-        """The metric of a run in which something is added to the hook's value at the cell's tokens, for each."""
-        runner, point = self.plan.runner, self.plan.runner.point(self.name)
-        layer = int(point.layer or 0)
-        start = min(int(self.places.min()), self.plan.n_tokens - runner.keep_logits) if keys is not None else 0
-        step = max(1, self.tokens_per_pass // (self.plan.n_tokens - start))
-        found: list[float] = []
-        for at in range(0, len(added), step):
-            some = torch.stack(list(added[at : at + step]))
-
-            def change(value: Tensor, some: Tensor = some) -> Tensor:
-                changed = value.clone()
-                changed[:, self.places - start] += some.reshape(len(some), len(self.places), -1).to(value)
-                return changed
-
-            hidden = recording.calls[layer].hidden[:, start:].expand(len(some), -1, -1)
-            logits = runner.go_on(recording, layer, hidden, keys=keys, changes={self.name: change})
-            found += self.plan.measure(logits)[self.plan.metric].tolist()
-        return found
+def _elsewhere(
+    model: VisionLanguageModel,
+    site: Site,
+    pair: HeldOut,
+    answer: Target | None,
+    against: Target | None,
+    min_gap: float | None,
+) -> Site:
+    """The same SAE at the corresponding tokens of another pair of prompts."""
+    ids = {"answer": pair.answer, "against": pair.against}
+    if pair.answer is None:
+        ids["answer"] = answer if answer is not None else site.plan.answer[0]
+    if pair.against is None:
+        ids["against"] = against
+    plan = prepare(model, pair.clean, pair.corrupted, hooks=[site.name], metric=site.plan.metric, **ids)
+    check_gap(plan, min_gap)
+    if pair.tokens is not None:
+        positions = chosen_tokens(model, plan.prompt, plan.clean_batch, pair.tokens)[0].nonzero()[:, 0].tolist()
+    elif plan.n_tokens == site.plan.n_tokens:
+        positions = site.places.tolist()
+    else:
+        raise SelectionError(
+            f"A held-out prompt has {plan.n_tokens} tokens, the traced one {site.plan.n_tokens}; say which of its "
+            "tokens correspond to the hot cell's: HeldOut(..., tokens=...)."
+        )
+    return Site.of(plan, site.sae, site.name, positions, site.tokens_per_pass)
 
 
 def _told(
-    trace: CausalTrace, cell: Cell, site: _Site, n_features: int, explanations: Mapping[int, str], seed: int
+    trace: CausalTrace,
+    cell: Cell,
+    site: Site,
+    held_out: Sequence[Site],
+    n_features: int,
+    explanations: Mapping[int, str],
+    seed: int,
 ) -> TraceStory:
-    active = ((site.z_clean != 0) | (site.z_corrupted != 0)).any(0).nonzero()[:, 0].tolist()
+    active = site.active()
     chosen, alone = _chosen(site, active, n_features)
     singles = [[one] for one in chosen]
     lost, exchanged = site.ablated(singles), site.exchanged(singles)
-    draws = _draws([one for one in active if one not in chosen], len(chosen), seed)
+    draws = _draws(site, [one for one in active if one not in chosen], chosen, seed)
     return TraceStory(
         trace=trace,
         cell=cell,
@@ -322,16 +237,32 @@ def _told(
             for at, one in enumerate(chosen)
         ],
         restored_all=site.share_of(site.all_features()),
-        restored_together=site.restored([chosen])[0],
-        ablated_together=site.ablated([chosen])[0],
-        exchanged_together=site.exchanged([chosen])[0],
-        ablated_random=_mean(site.ablated(draws)),
-        exchanged_random=_mean(site.exchanged(draws)),
-        n_random=len(draws),
+        together=_confirmed(site, chosen, draws),
+        held_out=[_confirmed(one, chosen, draws) for one in held_out],
     )
 
 
-def _chosen(site: _Site, active: Sequence[int], n_features: int) -> tuple[list[int], dict[int, float]]:
+def _confirmed(site: Site, chosen: Sequence[int], draws: Sequence[Sequence[int]]) -> Confirmation:
+    """What a set of features does beside random ones."""
+    sets = [list(chosen), *map(list, draws)]
+    (restored, *others), (ablated, *other_ablated), (exchanged, *other_exchanged) = (
+        measure(sets) for measure in (site.restored, site.ablated, site.exchanged)
+    )
+    weight = site.weight()
+    own = float(weight[list(chosen)].sum())
+    return Confirmation(
+        restored=restored,
+        ablated=ablated,
+        exchanged=exchanged,
+        restored_random=_mean(others),
+        ablated_random=_mean(other_ablated),
+        exchanged_random=_mean(other_exchanged),
+        n_random=len(draws),
+        weight_random=_mean([float(weight[list(one)].sum()) for one in draws]) / own if own else 0.0,
+    )
+
+
+def _chosen(site: Site, active: Sequence[int], n_features: int) -> tuple[list[int], dict[int, float]]:
     """The features chosen, and what each candidate brings back by itself.
 
     One after the other, because features that say one thing together may each do nothing alone; by what they bring back
@@ -351,13 +282,21 @@ def _chosen(site: _Site, active: Sequence[int], n_features: int) -> tuple[list[i
     return chosen, alone
 
 
-def _draws(others: Sequence[int], size: int, seed: int) -> list[list[int]]:
-    """Random sets of the other features; none where there are too few."""
-    if not size or len(others) < size:
+def _draws(site: Site, others: Sequence[int], chosen: Sequence[int], seed: int) -> list[list[int]]:
+    """Random sets of the other features, each like a chosen one in weight; none where there are too few."""
+    if not chosen or len(others) < len(chosen):
         return []
+    weight = site.weight()
     generator = torch.Generator().manual_seed(seed)
-    orders = (torch.randperm(len(others), generator=generator).tolist() for _ in range(RANDOM_DRAWS))
-    return [[others[at] for at in order[:size]] for order in orders]
+    found = []
+    for _ in range(RANDOM_DRAWS):
+        left, mine = list(others), []
+        for one in chosen:
+            near = sorted(left, key=lambda other: abs(float(weight[other]) - float(weight[one])))[:NEAREST]
+            mine.append(near[int(torch.randint(len(near), (1,), generator=generator))])
+            left.remove(mine[-1])
+        found.append(mine)
+    return found
 
 
 def _mean(values: Sequence[float]) -> float:

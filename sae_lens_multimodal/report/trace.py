@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
@@ -14,6 +14,7 @@ from PIL import Image
 
 from sae_lens_multimodal.autointerp.drawing import colours
 from sae_lens_multimodal.errors import ConfigError
+from sae_lens_multimodal.report.colours import heat_rgba
 from sae_lens_multimodal.report.formats import number, visible
 from sae_lens_multimodal.report.single_page import SinglePage
 from sae_lens_multimodal.types import Modality
@@ -21,11 +22,13 @@ from sae_lens_multimodal.types import Modality
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from sae_lens_multimodal.hooks.trace_result import CausalTrace
-    from sae_lens_multimodal.hooks.trace_story import TraceStory
+    from sae_lens_multimodal.hooks.trace_findings import Confirmation, TraceStory
+    from sae_lens_multimodal.hooks.trace_result import CausalTrace, Cell
 
     Item: TypeAlias = CausalTrace | TraceStory
     """A trace, or one with the features of its hot cell."""
+    Pictures: TypeAlias = Image.Image | Sequence[Image.Image]
+    """A prompt's picture, or all of them in order."""
 
 PAGE = SinglePage(kind="trace", what="causal traces", schema_version=1)
 CELL = 22
@@ -107,7 +110,7 @@ def build_trace_report(
     items: Mapping[str, Item],
     *,
     output: Path | str,
-    pictures: Mapping[str, Image.Image] | None = None,
+    pictures: Mapping[str, Pictures] | None = None,
     title: str = "Causal tracing",
 ) -> Path:
     """Write a folder with one page of traces, which opens in a browser from disk, and the numbers as JSON.
@@ -115,7 +118,7 @@ def build_trace_report(
     Args:
         items: what `causal_trace` or `trace_features` gave, by the name that the page shows, such as the question.
         output: the folder to write; one with an earlier page of this kind is replaced.
-        pictures: the first picture of each prompt, by the same names; without, there are no maps.
+        pictures: the picture of each prompt, or all of them in order, by the same names; without, there are no maps.
         title: of the page.
 
     Returns:
@@ -128,13 +131,13 @@ def build_trace_report(
     if not items:
         raise ConfigError("Got no traces; expected at least one.")
     shown = pictures or {}
-    views = [trace_view(name, item, shown.get(name)) for name, item in items.items()]
+    views = [trace_view(name, item, shown.get(name, ())) for name, item in items.items()]
     return PAGE.write(output, title=title, views=views, numbers={name: one.to_dict() for name, one in items.items()})
 
 
-def trace_view(name: str, item: Item, picture: Image.Image | None = None) -> TraceView:
+def trace_view(name: str, item: Item, pictures: Pictures = ()) -> TraceView:
     """Turn a trace into what the page shows."""
-    from sae_lens_multimodal.hooks.trace_story import TraceStory
+    from sae_lens_multimodal.hooks.trace_findings import TraceStory
 
     story = item if isinstance(item, TraceStory) else None
     trace = item.trace if isinstance(item, TraceStory) else item
@@ -151,7 +154,7 @@ def trace_view(name: str, item: Item, picture: Image.Image | None = None) -> Tra
             for metric in trace.values
         ),
         grids=tuple(_grid(trace, part, story) for part in trace.parts),
-        maps=() if picture is None else _maps(trace, picture),
+        maps=_maps(trace, [pictures] if isinstance(pictures, Image.Image) else list(pictures)),
         cell="" if story is None else _cell_words(story),
         features=() if story is None else _features(story),
         verdict=() if story is None else _verdict(story),
@@ -186,6 +189,7 @@ def _grid(trace: CausalTrace, part: str, story: TraceStory | None) -> GridView:
                 story is not None and (story.cell.part, story.cell.layer) == (part, layer) and story.cell.unit in units
             )
             what = f"{name}, the strongest of {len(units)} tokens" if len(units) > 1 else name
+            what += " (corrupted)" if all(trace.is_corrupted(unit) for unit in units) else ""
             said = f"{what}, layer {layer}: {number(value)}"
             cells.append(CellView(x=at * CELL, y=row * CELL, colour=_colour(value), title=said, hot=hot))
     best = max(trace.top(1, part=part), key=lambda one: one.restored, default=None)
@@ -220,25 +224,24 @@ def _colour(value: float) -> str:
     return f"#{red:02x}{green:02x}{blue:02x}"
 
 
-def _maps(trace: CausalTrace, picture: Image.Image) -> tuple[tuple[str, tuple[MapView, ...]], ...]:
+def _maps(trace: CausalTrace, pictures: Sequence[Image.Image]) -> tuple[tuple[str, tuple[MapView, ...]], ...]:
     found = []
     for part in trace.parts:
-        values = [trace.by_position(part, layer).nan_to_num() for layer in trace.layers]
-        most = max(
-            float(one[trace.layout.is_image[0]].max()) if bool(trace.layout.is_image.any()) else 0 for one in values
-        )
-        if most < WORTH_A_MAP:
-            continue
-        maps = tuple(_map(trace, part, layer, picture, most) for layer in trace.layers)
-        found.append((f"{_PARTS.get(part, part)} (brightest: {number(most)})", maps))
+        values = np.stack([trace.by_position(part, layer).nan_to_num().numpy() for layer in trace.layers])
+        for image, picture in enumerate(pictures):
+            own = values[:, (trace.layout.image_index[0] == image).numpy()]
+            most = float(own.max()) if own.size else 0.0
+            if most < WORTH_A_MAP:
+                continue
+            of = f", picture {image + 1}" if len(pictures) > 1 else ""
+            maps = tuple(_map(trace, part, layer, image, picture, most) for layer in trace.layers)
+            found.append((f"{_PARTS.get(part, part)}{of} (brightest: {number(most)})", maps))
     return tuple(found)
 
 
-def _map(trace: CausalTrace, part: str, layer: int, picture: Image.Image, most: float) -> MapView:
-    levels = np.clip(trace.heatmap(part, layer) / most, 0, 1)
-    veil = np.dstack([colours(levels), np.rint(110 + 115 * levels).astype(np.uint8)])
-    base = picture.convert("RGBA").resize((levels.shape[1], levels.shape[0]))
-    painted = Image.alpha_composite(base, Image.fromarray(veil, "RGBA")).convert("RGB")
+def _map(trace: CausalTrace, part: str, layer: int, image: int, picture: Image.Image, most: float) -> MapView:
+    veil = Image.fromarray(heat_rgba(trace.heatmap(part, layer, image=image) / most), "RGBA")
+    painted = Image.alpha_composite(picture.convert("RGBA").resize(veil.size), veil).convert("RGB")
     factor = MAP_SIDE / max(painted.size)
     painted = painted.resize((round(painted.width * factor), round(painted.height * factor)), Image.Resampling.NEAREST)
     buffer = io.BytesIO()
@@ -264,11 +267,21 @@ def share(value: float) -> str:
 
 
 def _cell_words(story: TraceStory) -> str:
-    cell = story.cell
-    return (
-        f"{_PARTS[cell.part]} of layer {cell.layer} at “{visible(cell.label.strip())}” brings {share(cell.restored)} "
-        f"back. {story.n_active} features of the SAE at {story.hook_name} are active there."
+    words = (
+        f"{_place(story.cell)} brings {share(story.cell.restored)} back. {story.n_active} features of the SAE at "
+        f"{story.hook_name} are active there."
     )
+    if story.at_corrupted:
+        words += " The corruption changed this very token, so that restoring it early merely undoes the corruption."
+    if story.hottest != story.cell:
+        corrupted = ", a token that the corruption changed," if story.trace.is_corrupted(story.hottest.unit) else ""
+        words += f" Of the whole trace {_place(story.hottest)}{corrupted} brings most back: "
+        words += f"{share(story.hottest.restored)}."
+    return words
+
+
+def _place(cell: Cell) -> str:
+    return f"{_PARTS.get(cell.part, cell.part)} of layer {cell.layer} at “{visible(cell.label.strip())}”"
 
 
 def _features(story: TraceStory) -> tuple[FeatureView, ...]:
@@ -287,16 +300,26 @@ def _features(story: TraceStory) -> tuple[FeatureView, ...]:
 
 
 def _verdict(story: TraceStory) -> tuple[str, ...]:
-    random = "nothing else is active there to compare with."
-    if story.n_random:
-        random = (
-            f"{story.n_random} random sets of as many other features active there take {share(story.ablated_random)} "
-            f"and {share(story.exchanged_random)} on average."
-        )
     return (
         f"All features of the SAE together bring {share(story.restored_all)} back; the cell itself "
         f"{share(story.cell.restored)}. What is between them lies in what the SAE does not reconstruct.",
-        f"These {len(story.features)} together bring {share(story.restored_together)} back.",
-        f"Ablated together in the clean run, they take {share(story.ablated_together)} of the answer away; set to "
-        f"what they are in the corrupted run, {share(story.exchanged_together)}; {random}",
+        f"These {len(story.features)} together, in the prompts they were chosen on: {_confirmed(story.together)}",
+        *(
+            f"In held-out prompts ({at} of {len(story.held_out)}): {_confirmed(one)}"
+            for at, one in enumerate(story.held_out, start=1)
+        ),
+    )
+
+
+def _confirmed(found: Confirmation) -> str:
+    own = (
+        f"they bring {share(found.restored)} back; ablated in the clean run they take {share(found.ablated)} of the "
+        f"answer away, set to what they are in the corrupted run {share(found.exchanged)}."
+    )
+    if not found.n_random:
+        return f"{own} Too little else is active there to compare with."
+    return (
+        f"{own} {found.n_random} random sets of as many others there, with {share(found.weight_random)} of their "
+        f"weight, bring {share(found.restored_random)} back and take {share(found.ablated_random)} and "
+        f"{share(found.exchanged_random)} away."
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,8 @@ from PIL import Image
 from sae_lens_multimodal.adapters.layout import TokenLayout
 from sae_lens_multimodal.errors import ConfigError
 from sae_lens_multimodal.files import read_json
+from sae_lens_multimodal.hooks.trace_findings import Confirmation, FeatureFinding, TraceStory
 from sae_lens_multimodal.hooks.trace_result import CausalTrace, Cell, Unit
-from sae_lens_multimodal.hooks.trace_story import FeatureFinding, TraceStory
 from sae_lens_multimodal.report.trace import CELL, build_trace_report, trace_view
 
 PICTURE = Image.new("RGB", (40, 20), (90, 90, 90))
@@ -56,6 +57,20 @@ def make_trace() -> CausalTrace:
     )
 
 
+def make_confirmation(**changed: float) -> Confirmation:
+    found = Confirmation(
+        restored=0.62,
+        ablated=0.43,
+        exchanged=0.54,
+        restored_random=0.033,
+        ablated_random=0.011,
+        exchanged_random=0.022,
+        n_random=8,
+        weight_random=0.7,
+    )
+    return replace(found, **changed)
+
+
 def make_story() -> TraceStory:
     trace = make_trace()
     finding = FeatureFinding(
@@ -69,12 +84,8 @@ def make_story() -> TraceStory:
         n_active=12,
         features=[finding],
         restored_all=0.83,
-        restored_together=0.62,
-        ablated_together=0.43,
-        exchanged_together=0.54,
-        ablated_random=0.011,
-        exchanged_random=0.022,
-        n_random=8,
+        together=make_confirmation(),
+        held_out=[make_confirmation(restored=0.31, ablated=0.32, exchanged=0.33)],
     )
 
 
@@ -93,7 +104,8 @@ def test_the_page_says_what_was_found(tmp_path: Path) -> None:
         "0.83",
         "0.62",
         "take 0.43 of the answer away",
-        "take 0.01 and 0.02 on average",
+        "with 0.70 of their weight, bring 0.03 back and take 0.01 and 0.02 away",
+        "In held-out prompts (1 of 1): they bring 0.31 back; ablated in the clean run they take 0.32",
         "a region painted over",
     ):
         assert text in page, text
@@ -128,6 +140,35 @@ def test_maps_are_bright_where_tokens_bring_something_back() -> None:
     painted = np.asarray(Image.open(io.BytesIO(content)), dtype=int)
     assert painted[:, : painted.shape[1] // 2 - 1].mean() + 60 < painted[:, painted.shape[1] // 2 + 1 :].mean()
     assert trace_view("x", make_trace()).maps == ()
+
+
+def test_a_cell_that_undoes_the_corruption_is_called_that() -> None:
+    plain = make_story()
+    assert "merely undoes" not in trace_view("x", plain).cell
+    assert "Of the whole trace" not in trace_view("x", replace(plain, cell=plain.hottest)).cell
+    changed = replace(plain, trace=replace(plain.trace, changed_inputs=[2]))
+    view = trace_view("x", changed)
+    assert "merely undoes the corruption" in view.cell
+    assert any(cell.title.startswith("<i>red (corrupted), layer 1") for cell in view.grids[0].cells)
+    assert not any(cell.title.startswith("end (corrupted)") for cell in view.grids[0].cells)
+    elsewhere = replace(changed, cell=Cell("resid", 1, 3, "end", 0.1))
+    words = trace_view("x", elsewhere).cell
+    assert "Of the whole trace Residual stream of layer 1 at “<i>red”, a token that the corruption changed" in words
+
+
+def test_every_picture_has_its_maps() -> None:
+    trace = make_trace()
+    layout = replace(
+        trace.layout,
+        boxes=torch.where(trace.layout.boxes.isnan(), trace.layout.boxes, torch.tensor([0.0, 0, 40, 20])),
+        image_index=torch.tensor([[0, 1, -1, -1]]),
+        tile=torch.tensor([[0, 0, -1, -1]]),
+        image_sizes=(((40, 20), (40, 20)),),
+    )
+    found = trace_view("x", replace(trace, layout=layout), [PICTURE, PICTURE]).maps
+    assert [caption for caption, _ in found] == [
+        "Residual stream, picture 1 (brightest: 0.1)", "Residual stream, picture 2 (brightest: 0.5)",
+    ]  # fmt: skip
 
 
 def test_nothing_is_refused(tmp_path: Path) -> None:
