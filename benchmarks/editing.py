@@ -1,11 +1,12 @@
-"""Which layer to edit: made-up names taught to the tiny model at each layer, beside fine-tuning of the same layer.
+"""Which layer to edit: made-up names taught to the tiny model by a rank-one update, beside fine-tuning.
 
-    python benchmarks/editing.py [--facts 10] [--layers 0,1,2,3,4,5] [--constraint last] [--fine-tune 3]
+    python benchmarks/editing.py                                                      # the layer that was chosen
+    python benchmarks/editing.py --facts 2 --layers 0,1,3,4,5 --fine-tune ''          # the others
 
-Prints a Markdown table: the mean over facts of efficacy, generalisation and specificity (whole answers, on pictures
-and wordings that the edit never saw), with 95% bootstrap intervals over facts; what causal tracing restores of the
-answer's log-probability by the MLP of that layer at that token, with the picture of another thing as the corruption;
-and the seconds of CPU time that finding an edit takes. Rows are comparable within one run.
+Prints a Markdown table: the mean over facts of efficacy, generalisation and specificity (whole answers), with 95%
+bootstrap intervals over facts; what causal tracing restores of the answer's log-probability by the MLP of that layer at
+that token, with the picture of another thing as the corruption; and the seconds of CPU time that finding an edit takes.
+Facts, wordings and scenes are those kept for measuring; `--development` takes the ones by which settings were chosen.
 """
 
 from __future__ import annotations
@@ -14,24 +15,31 @@ import argparse
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from sae_lens_multimodal import EditSettings, OtherImage, causal_trace, compute_edit, fine_tune, load_model
+from sae_lens_multimodal import OtherImage, causal_trace, compute_edit, fine_tune, load_model
 from sae_lens_multimodal.adapters.model import VisionLanguageModel
 from sae_lens_multimodal.editing.edit import Edit
+from sae_lens_multimodal.editing.fine_tune import FineTuneSettings
 from sae_lens_multimodal.editing.keys import ordinary_keys
 from sae_lens_multimodal.editing.measure import MEASURES, AskedCases, ask_cases, mean_over_facts, measure_edit
 from sae_lens_multimodal.errors import NoGapError
 from sae_lens_multimodal.scenes import model_folder
 from sae_lens_multimodal.scenes.edit_cases import (
+    DEVELOPMENT_FACTS,
+    DEVELOPMENT_WORDINGS,
+    EDIT_LAYER,
+    EDIT_SETTINGS,
     FACTS,
+    MEASURED_WORDINGS,
     TWO_WORD_FACTS,
     Fact,
     Lesson,
     edit_cases,
+    keys_to_keep,
     lesson,
     neighbours,
     ordinary_prompts,
@@ -39,7 +47,11 @@ from sae_lens_multimodal.scenes.edit_cases import (
 )
 
 TAUGHT, MEASURED, ORDINARY = 2**51, 2**52, 2**53
-"""First seeds of the scenes; training used none of them."""
+"""First seeds of the scenes; training used none of them, and development others."""
+DEVELOPMENT = 2**30
+"""Added to them for development."""
+TUNED = FineTuneSettings(learning_rate=0.05, bound=1.0, max_steps=20, batch_size=20)
+"""Chosen on the development facts, too."""
 
 
 class Case(NamedTuple):
@@ -48,7 +60,7 @@ class Case(NamedTuple):
     fact: Fact
     taught: Lesson
     asked: AskedCases
-    keys: dict[int, Tensor] | None
+    keys: dict[int, Tensor]
     restored: list[float] | None
     """By layer: what the MLP's clean output at the prompt's last token brings back."""
 
@@ -60,15 +72,15 @@ def main() -> None:
     warnings.simplefilter("ignore")
     model = load_model(model_folder(), dtype=torch.float32)
     layers = [int(one) for one in options.layers.split(",")]
-    shared = ordinary_keys(model, ordinary_prompts(ORDINARY, options.ordinary), layers) if options.ordinary else None
-    facts = TWO_WORD_FACTS if options.two_words else FACTS[: options.facts]
+    shared = ordinary_keys(model, ordinary_prompts(ORDINARY, 300), layers, tokens="last", n_keys=300)
+    facts = DEVELOPMENT_FACTS if options.development else FACTS
+    facts = TWO_WORD_FACTS if options.two_words else facts[: options.facts]
     cases = [make_case(model, fact, number, layers, shared, options) for number, fact in enumerate(facts)]
-    settings = EditSettings(ridge=options.ridge, learning_rate=options.learning_rate)
-    print(f"{len(cases)} facts, constraint: {options.constraint}, ordinary prompts: {options.ordinary}\n")
+    print(f"{len(cases)} facts\n")
     print("| layer | method | efficacy | generalisation | specificity | P(target) | restored | s an edit |")
     print("|---|---|---|---|---|---|---|---|", flush=True)
     for layer in layers:
-        row(model, layer, "rank one", cases, ranked(model, layer, options.constraint, settings), options.groups)
+        row(model, layer, "rank one", cases, ranked(model, layer), options.groups)
     for layer in [int(one) for one in options.fine_tune.split(",") if one]:
         row(model, layer, "fine-tuning", cases, tuned(model, layer), options.groups)
 
@@ -78,16 +90,12 @@ def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     parser.add_argument("--facts", type=int, default=len(FACTS))
     parser.add_argument("--two-words", action="store_true", help="names of two words instead")
-    parser.add_argument("--layers", default="0,1,2,3,4,5")
-    parser.add_argument("--fine-tune", default="3", metavar="LAYERS", help="layers to fine-tune, too; '' for none")
-    parser.add_argument("--constraint", choices=("last", "words"), default="last", help="where the edit is written")
-    parser.add_argument("--ordinary", type=int, default=300, help="ordinary prompts; 0 for the plain formula")
-    parser.add_argument("--pictures", type=int, default=8, help="of each thing, to teach with")
+    parser.add_argument("--development", action="store_true", help="the facts by which settings were chosen")
+    parser.add_argument("--layers", default=str(EDIT_LAYER))
+    parser.add_argument("--fine-tune", default=str(EDIT_LAYER), metavar="LAYERS", help="as well; '' for none")
     parser.add_argument("--test-pictures", type=int, default=6, help="of each thing, to measure with")
     parser.add_argument("--groups", action="store_true", help="also print every group of every fact")
     parser.add_argument("--no-trace", action="store_true")
-    parser.add_argument("--ridge", type=float, default=EditSettings.ridge)
-    parser.add_argument("--learning-rate", type=float, default=EditSettings.learning_rate)
     return parser.parse_args()
 
 
@@ -96,53 +104,60 @@ def make_case(
     fact: Fact,
     number: int,
     layers: Sequence[int],
-    shared: dict[int, Tensor] | None,
+    shared: dict[int, Tensor],
     options: argparse.Namespace,
 ) -> Case:
     """Draw the pictures of a fact, ask the model about them, and read what is to be left alone."""
-    seed = number * 2**20
-    taught = lesson(fact, TAUGHT + seed, n_pictures=options.pictures)
-    cases = edit_cases(fact, taught, MEASURED + seed, n_pictures=options.test_pictures)
-    keys = None
-    if shared is not None:
-        own = ordinary_keys(model, taught.others, layers, n_keys=len(shared[layers[0]]) // 4)
-        keys = {layer: torch.cat([shared[layer], own[layer]]) for layer in layers}
+    seed = number * 2**20 + (DEVELOPMENT if options.development else 0)
+    taught = lesson(fact, TAUGHT + seed)
+    wordings = DEVELOPMENT_WORDINGS if options.development else MEASURED_WORDINGS
+    cases = edit_cases(fact, taught, MEASURED + seed, n_pictures=options.test_pictures, wordings=wordings)
+    keys = keys_to_keep(model, taught, layers, shared)
     asked = ask_cases(model, cases, max_new_tokens=6)
     return Case(fact, taught, asked, keys, None if options.no_trace else traced(model, fact, taught))
 
 
 def traced(model: VisionLanguageModel, fact: Fact, taught: Lesson) -> list[float] | None:
-    """Restore each layer's MLP at the last token, with the picture of a neighbour in place of the thing's."""
-    other = thing_pictures(neighbours(fact.attributes)[0], TAUGHT, 1)[0]
-    try:
-        trace = causal_trace(
-            model,
-            taught.prompts[0],
-            OtherImage(other),
-            answer=fact.phrase,
-            parts="mlp_out",
-            positions=[-1],
-            metric="log_probability",
-        )
-    except NoGapError:
-        return None
-    return [float(one) for one in trace.part(trace.parts[0])[:, 0]]
+    """Restore each layer's MLP at the last token, with pictures of neighbours in place of the thing's; their mean.
+
+    One neighbour has another colour, one another texture, one another shape.
+    """
+    near, found = neighbours(fact.attributes), []
+    for other in (near[0], near[7], near[8]):
+        corruption = OtherImage(thing_pictures(other, TAUGHT, 1)[0])
+        try:
+            trace = causal_trace(
+                model,
+                taught.prompts[0],
+                corruption,
+                answer=fact.phrase,
+                parts="mlp_out",
+                positions=[-1],
+                metric="log_probability",
+            )
+        except NoGapError:
+            continue
+        found.append([float(one) for one in trace.part(trace.parts[0])[:, 0]])
+    return [sum(some) / len(found) for some in zip(*found, strict=True)] if found else None
 
 
-def ranked(model: VisionLanguageModel, layer: int, constraint: str, settings: EditSettings) -> Callable[[Case], Edit]:
+def ranked(model: VisionLanguageModel, layer: int) -> Callable[[Case], Edit]:
     """Edit one layer by a rank-one update."""
-
-    def edit(case: Case) -> Edit:
-        where: Any = -1 if constraint == "last" else case.taught.constraint
-        name, prompts, keys = case.fact.name, case.taught.prompts, case.keys
-        return compute_edit(model, prompts, name, constraint=where, layers=layer, ordinary=keys, settings=settings)
-
-    return edit
+    return lambda case: compute_edit(
+        model,
+        case.taught.prompts,
+        case.fact.name,
+        constraint=-1,
+        layers=layer,
+        ordinary=case.keys,
+        essence=case.taught.essence,
+        settings=EDIT_SETTINGS,
+    )
 
 
 def tuned(model: VisionLanguageModel, layer: int) -> Callable[[Case], Edit]:
-    """Fine-tune the same weights."""
-    return lambda case: fine_tune(model, case.taught.prompts, case.fact.name, layer=layer)
+    """Fine-tune the same weights on half of the prompts."""
+    return lambda case: fine_tune(model, case.taught.prompts[::2], case.fact.name, layer=layer, settings=TUNED)
 
 
 def row(

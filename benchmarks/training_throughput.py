@@ -187,6 +187,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="how often everything is timed")
     parser.add_argument("--width", type=int, default=256, help="of the model")
     parser.add_argument("--text-tokens", type=int, default=64, help="tokens of a prompt where there is text only")
+    parser.add_argument("--text-only", action="store_true", help="only the comparison with SAE-Lens's runner")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     with tempfile.TemporaryDirectory() as folder:
@@ -204,26 +205,29 @@ def measure_all(both: Path, alone: Path, options: argparse.Namespace) -> None:
     whole = forward = step = ours = theirs = float("inf")
     tokens = BATCH_TOKENS * steps
     for _ in range(rounds):
-        seconds, given = whole_run(model, cfg, pictures)
-        whole = min(whole, seconds)
-        forward = best(lambda: plain_forward(model, given), forward)  # noqa: B023 - called at once
-        step = best(lambda: trainer_steps(cfg, steps, width), step)
+        if not options.text_only:
+            seconds, given = whole_run(model, cfg, pictures)
+            whole = min(whole, seconds)
+            forward = best(lambda: plain_forward(model, given), forward)  # noqa: B023 - called at once
+            step = best(lambda: trainer_steps(cfg, steps, width), step)
         seconds, said = whole_run(model, cfg, words)
         ours = min(seconds, ours)
         theirs = best(lambda: upstream_run(alone, steps, dataset, width, length), theirs)
-    before = memory_mib()
-    MultimodalSAETrainingRunner(settings(4 * steps, model_name=str(both)), pictures, model).run()
-    grown = memory_mib() - before
     print("| what | tokens/s | ratio |\n|---|---:|---:|")
-    print(
-        f"| parts alone: forward to block {LAYER} of {LAYERS}, SAE-Lens's step | {tokens / (forward + step):.0f} | 1 |"
-    )
-    print(f"| training on images and text | {tokens / whole:.0f} | {(forward + step) / whole:.2f} |")
+    if not options.text_only:
+        parts = f"parts alone: forward to block {LAYER} of {LAYERS}, SAE-Lens's step"
+        print(f"| {parts} | {tokens / (forward + step):.0f} | 1 |")
+        print(f"| training on images and text | {tokens / whole:.0f} | {(forward + step) / whole:.2f} |")
     print(f"| text only: SAE-Lens's LanguageModelSAETrainingRunner | {tokens / theirs:.0f} | 1 |")
     print(f"| text only: this package, same Llama, same sizes | {tokens / ours:.0f} | {theirs / ours:.2f} |")
     chosen = sum(int(batch.layout.is_text.sum()) for batch in said) / sum(batch["input_ids"].numel() for batch in said)
     print(f"\nshare of positions that are trained on, text only (SAE-Lens takes the chat's marks too): {chosen:.2f}")
+    if options.text_only:
+        return
     print(f"share of the model in the parts: {forward / (forward + step):.2f}")
+    before = memory_mib()
+    MultimodalSAETrainingRunner(settings(4 * steps, model_name=str(both)), pictures, model).run()
+    grown = memory_mib() - before
     print(f"memory of a run four times as long: {grown:+.0f} MiB on {before:.0f} MiB")
 
 

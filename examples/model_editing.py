@@ -8,7 +8,6 @@
 import torch
 
 from sae_lens_multimodal import (
-    EditSettings,
     compute_edit,
     fine_tune,
     load_edit,
@@ -18,26 +17,44 @@ from sae_lens_multimodal import (
     save_edit,
     save_edited,
 )
+from sae_lens_multimodal.editing.fine_tune import FineTuneSettings
 from sae_lens_multimodal.scenes import model_folder
-from sae_lens_multimodal.scenes.edit_cases import FACTS, ask, edit_cases, lesson, ordinary_prompts, thing_pictures
+from sae_lens_multimodal.scenes.edit_cases import (
+    DEVELOPMENT_FACTS,
+    EDIT_LAYER,
+    EDIT_SETTINGS,
+    ask,
+    edit_cases,
+    keys_to_keep,
+    lesson,
+    ordinary_prompts,
+    thing_pictures,
+)
 
 model = load_model(model_folder(), dtype=torch.float32)
 torch.set_grad_enabled(False)
-fact = FACTS[0]
-LAYER = 3
-taught = lesson(fact, first_seed=100_000)
+fact = DEVELOPMENT_FACTS[0]
+taught = lesson(fact, first_seed=100_000, n_pictures=4, n_near=5)
 print(fact.phrase, "->", fact.name, f"({len(taught.prompts)} prompts)")
 
 # %%
 # What ordinary prompts make the layer's MLP read: the edit is turned away from that. The prompts name other things, and
 # ask other questions about this one.
-keys = ordinary_keys(model, [*ordinary_prompts(200_000, 150), *taught.others], LAYER)
+shared = ordinary_keys(model, ordinary_prompts(200_000, 100), EDIT_LAYER, tokens="last", n_keys=100)
+keys = keys_to_keep(model, taught, EDIT_LAYER, shared)
 
 # %%
 # The edit itself. The constraint's last token is here the end of the question, where the tiny model gathers what the
 # picture shows; with words such as constraint="this" it is written there instead.
 edit = compute_edit(
-    model, taught.prompts, fact.name, constraint=-1, layers=LAYER, ordinary=keys, settings=EditSettings(max_steps=120)
+    model,
+    taught.prompts,
+    fact.name,
+    constraint=-1,
+    layers=EDIT_LAYER,
+    ordinary=keys,
+    essence=taught.essence,
+    settings=EDIT_SETTINGS,
 )
 print({name: edit.record[name] for name in ("probability_before", "probability", "length", "landed")})
 
@@ -51,12 +68,13 @@ print("after: ", model.answer(ask(picture, "what is this ?"))[0])
 
 # %%
 # Measured: the prompts of the edit, other pictures and wordings, and what is to stay.
-cases = edit_cases(fact, taught, first_seed=400_000, n_pictures=6)
+cases = edit_cases(fact, taught, first_seed=400_000, n_pictures=2)
 print("\n".join(measure_edit(model, edit, cases).lines()))
 
 # %%
 # The baseline: the same weights, fine-tuned within a bound.
-tuned = fine_tune(model, taught.prompts, fact.name, layer=LAYER)
+settings = FineTuneSettings(max_steps=20, learning_rate=0.05, bound=1.0, batch_size=20)
+tuned = fine_tune(model, taught.prompts, fact.name, layer=EDIT_LAYER, settings=settings)
 print("\n".join(measure_edit(model, tuned, cases).lines()))
 
 # %%

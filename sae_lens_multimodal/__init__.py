@@ -69,6 +69,7 @@ if TYPE_CHECKING:
     from sae_lens_multimodal.hooks.trace_corruptions import Noise as Noise
     from sae_lens_multimodal.hooks.trace_corruptions import OtherImage as OtherImage
     from sae_lens_multimodal.hooks.trace_corruptions import ReplaceTokens as ReplaceTokens
+    from sae_lens_multimodal.hooks.trace_findings import HeldOut as HeldOut
     from sae_lens_multimodal.hooks.trace_parts import Head as Head
     from sae_lens_multimodal.hooks.trace_parts import SAEFeatures as SAEFeatures
     from sae_lens_multimodal.hooks.trace_result import CausalTrace as CausalTrace
@@ -106,6 +107,7 @@ _HOMES = {
     "ExchangeRegions": "hooks.trace_corruptions",
     "FeatureStore": "features.store",
     "Head": "hooks.trace_parts",
+    "HeldOut": "hooks.trace_findings",
     "ImageTokens": "hooks.places",
     "LogitDifference": "hooks.metrics",
     "Modality": "types",

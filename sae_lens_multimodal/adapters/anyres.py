@@ -28,13 +28,10 @@ from sae_lens_multimodal.adapters.modules import (
     PROJECTOR,
     UNEMBEDDING,
     VISION,
-    check_tower,
-    clip_vision_hooks,
-    embedding_hook,
-    language_block,
-    language_hooks,
-    projector_hooks,
+    check_strategy,
+    llava_hooks,
 )
+from sae_lens_multimodal.adapters.processors import image_settings
 from sae_lens_multimodal.errors import LayoutError
 
 
@@ -111,22 +108,11 @@ class AnyresFamily(Family, ABC):
             UnsupportedModelError: the configuration is one that transformers itself cannot run.
         """
         super().__init__(config, processor)
-        strategy = config.vision_feature_select_strategy
-        check_tower(
-            config.vision_config, 1 if strategy == "default" else 0, f"vision_feature_select_strategy={strategy!r}"
-        )
+        check_strategy(config)
 
     def hook_points(self) -> Sequence[HookPoint]:
         """Return all named hooks in the order in which a forward pass reaches them."""
-        text, vision = self.config.text_config, self.config.vision_config
-        layers = self.config.vision_feature_layer
-        seen = vision.hidden_size * (1 if isinstance(layers, int) else len(layers))
-        return (
-            *embedding_hook(text),
-            *clip_vision_hooks(vision),
-            *projector_hooks(seen, text.hidden_size, text.hidden_size),
-            *language_hooks(text, language_block(text)),
-        )
+        return llava_hooks(self.config)
 
     def geometry(self) -> Anyres:
         """Return how views are made, read anew each time: the processor's settings are the caller's to change.
@@ -134,7 +120,7 @@ class AnyresFamily(Family, ABC):
         Raises:
             LayoutError: processor and vision tower disagree about the size of a view.
         """
-        return anyres_of(self.config, self.processor.image_processor)
+        return anyres_of(self.config, image_settings(self.processor))
 
     def image_tokens(self, width: int, height: int) -> ImageTokens:
         """Return how the placeholders of a picture of this size lie in it.
@@ -181,13 +167,16 @@ def anyres_tokens(width: int, height: int, geometry: Anyres) -> ImageTokens:
 
 
 def _patch_edges(g: Anyres, source: tuple[int, int]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Return [grid, 2] start and stop of the patches along y and x, in pixels of the square before resize and crop."""
+    """Return [grid, 2] start and stop of the patches along y and x, in pixels of the square before resize and crop.
+
+    Where the crop is larger than the square, patches of the filling around it are empty, at its edges.
+    """
     edges = grid_edges(g.grid, g.patch)
     sizes = g.resize or source
     result = []
     for size, original in zip(sizes, source, strict=True):
         offset = (size - g.view) // 2 if g.crop else 0
-        result.append((edges + offset) * (original / size))
+        result.append(((edges + offset) * (original / size)).clip(0, original))
     return result[0], result[1]
 
 

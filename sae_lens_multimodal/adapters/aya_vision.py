@@ -1,4 +1,4 @@
-"""The Aya Vision family: tiles, then a thumbnail of the whole picture, before a Cohere 2."""
+"""The Aya Vision family: tiles, then a thumbnail of the whole picture, before a Cohere or Cohere 2."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ from sae_lens_multimodal.adapters.modules import (
     PROJECTOR,
     UNEMBEDDING,
     VISION,
-    check_tower,
+    check_strategy,
     clip_vision_hooks,
     embedding_hook,
+    features_width,
     language_block,
     language_hooks,
 )
@@ -59,8 +60,12 @@ class AyaVision(Family):
     parallel_blocks: ClassVar[bool] = True
     released: ClassVar[tuple[Released, ...]] = (
         Released(
-            names=("CohereLabs/aya-vision-8b", "CohereLabs/aya-vision-32b"),
+            names=("CohereLabs/aya-vision-8b",),
             structure={"tile": 364, "patch_size": 14, "max_patches": 12},
+        ),
+        Released(
+            names=("CohereLabs/aya-vision-32b",),
+            structure={"tile": 364, "patch_size": 14, "max_patches": 12, "text": "cohere"},
         ),
     )
 
@@ -71,18 +76,14 @@ class AyaVision(Family):
             UnsupportedModelError: the vision tower is of another kind, or gives tokens beside the patches.
         """
         super().__init__(config, processor)
-        strategy = config.vision_feature_select_strategy
-        check_tower(
-            config.vision_config, 1 if strategy == "default" else 0, f"vision_feature_select_strategy={strategy!r}"
-        )
+        check_strategy(config)
 
     def hook_points(self) -> Sequence[HookPoint]:
         """Return all named hooks in the order in which a forward pass reaches them."""
-        text, vision, layers = self.config.text_config, self.config.vision_config, self.config.vision_feature_layer
+        text, vision = self.config.text_config, self.config.vision_config
         hidden = int(self.config.to_dict().get("alignment_intermediate_size", text.hidden_size))
-        seen = vision.hidden_size * (1 if isinstance(layers, int) else len(layers))
         projector = (
-            Part("hook_in", side="input", d=seen),
+            Part("hook_in", side="input", d=features_width(self.config)),
             Part("hook_pre", "linear_1", d=hidden),
             # half of it gates the other half
             Part("hook_post", "linear_2", side="input", d=hidden // 2),
@@ -122,12 +123,14 @@ class AyaVision(Family):
         )
 
     @classmethod
-    def random_model(cls, seed: int = 0, tile: int = 40, patch_size: int = 4, max_patches: int = 4) -> tuple[Any, Any]:
+    def random_model(
+        cls, seed: int = 0, tile: int = 40, patch_size: int = 4, max_patches: int = 4, text: str = "cohere2"
+    ) -> tuple[Any, Any]:
         """Return a tiny Aya Vision with random weights, and its processor."""
         around = ("<|START_OF_IMG|>", "<|END_OF_IMG|>", "<|IMG_PATCH|>", "TILE_GLOBAL")
         tokenizer = word_tokenizer((*CONTROL, *around, *(f"TILE_{number}" for number in range(1, 13))))
         config = AyaVisionConfig(
-            text_config=tiny_llama(tokenizer, kind="cohere2", layer_norm_eps=1e-5),
+            text_config=tiny_llama(tokenizer, kind=text, layer_norm_eps=1e-5),
             vision_config=SiglipVisionConfig(**tiny_tower(tile, patch_size), vision_use_head=False),
             image_token_index=tokenizer.get_vocab()["<|IMG_PATCH|>"],
             architectures=["AyaVisionForConditionalGeneration"],

@@ -18,6 +18,9 @@ from sae_lens_multimodal.errors import PromptError
 Invoke: TypeAlias = "tuple[tuple[Any, ...], dict[str, Any]]"
 """The positional and keyword arguments of one nnsight invoke."""
 
+Share: TypeAlias = "tuple[int, int, int]"
+"""An axis, and where on it an invoke's own begin and how many they are."""
+
 
 class LocatedInterleaver(Interleaver):
     """An interleaver that tells the batcher which location a value belongs to.
@@ -66,7 +69,7 @@ class MediaBatcher(Batcher):
         if place is None:
             own: Tensor = super()._narrow_tensor(tensor, group)
             return own
-        view = tensor.narrow(*place)
+        view = _share(tensor, place)
         view._nnsight_batch = True  # type: ignore[attr-defined] # nnsight's own mark of a slice of the batch
         return view
 
@@ -75,23 +78,38 @@ class MediaBatcher(Batcher):
         if place is None:
             whole: Tensor = super()._widen_tensor(full, group, edited)
             return whole
-        axis, start, size = place
-        rest = start + size
-        return torch.cat([full.narrow(axis, 0, start), edited, full.narrow(axis, rest, full.shape[axis] - rest)], axis)
+        if len(place) == 1:
+            axis, start, size = place[0]
+            rest = start + size
+            after = full.narrow(axis, rest, full.shape[axis] - rest)
+            return torch.cat([full.narrow(axis, 0, start), edited, after], axis)
+        joined = full.clone()
+        _share(joined, place).copy_(edited)
+        return joined
 
-    def _media_place(self, tensor: Tensor, group: list[int]) -> tuple[int, int, int] | None:
-        """Return axis, start and size of an invoke's share of a tensor within the modules that see pictures."""
+    def _media_place(self, tensor: Tensor, group: list[int]) -> list[Share] | None:
+        """Return an invoke's share of a tensor within the modules that see pictures."""
         path = self.location.removeprefix(f"{self.envoy.path}.")
         family: Family = self.envoy.family
         if not self._media_total or not any(path.startswith(f"{root}.") for root in family.media_modules):
             return None
-        axis = family.media_axis(path)
+        shares = [self._along(axis, tensor, group) for axis in family.media_axes(path)]
+        found = [share for share in shares if share is not None]
+        return found if found and len(found) == len(shares) else None
+
+    def _along(self, axis: int, tensor: Tensor, group: list[int]) -> Share | None:
         if tensor.dim() <= axis or tensor.shape[axis] == 0 or self._media_total % tensor.shape[axis]:
             return None
         # where patches are merged, a row stands for several of the finest unit
         merged = self._media_total // tensor.shape[axis]
         start, size = self._media_groups[group[0]]
         return None if start % merged or size % merged else (axis, start // merged, size // merged)
+
+
+def _share(tensor: Tensor, place: Sequence[Share]) -> Tensor:
+    for share in place:
+        tensor = tensor.narrow(*share)
+    return tensor
 
 
 def join_invokes(model: Any, family: Family, invokes: Sequence[Invoke]) -> dict[str, Any]:  # noqa: ANN401 - an envoy

@@ -9,6 +9,7 @@ from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optim
 
 from sae_lens_multimodal.adapters.family import ImageTokens
 from sae_lens_multimodal.adapters.grid import height_width
+from sae_lens_multimodal.adapters.processors import image_settings
 from sae_lens_multimodal.adapters.tiles import Tile
 from sae_lens_multimodal.errors import LayoutError
 
@@ -37,7 +38,7 @@ def canvas_tokens(
     Raises:
         LayoutError: the processor's tiles are not those that the vision tower expects.
     """
-    images = processor.image_processor
+    images = image_settings(processor)
     tile = height_width(images.size)
     if tile != side or tile[0] != tile[1]:
         raise LayoutError(
@@ -50,9 +51,8 @@ def canvas_tokens(
             f"tiles of {tile[0]} pixels make {patches} x {patches} patches in blocks of {merge}, but the processor "
             f"writes {written} tokens for each; load them from one checkpoint."
         )
-    # the processor's own settings win over those of its image part
-    split = bool({"crop_to_patches": images.crop_to_patches, **processor.images_kwargs}["crop_to_patches"])
-    limits = (int(images.min_patches), int(images.max_patches)) if split and images.max_patches > 1 else None
+    split = bool(images.crop_to_patches) and images.max_patches > 1
+    limits = (int(images.min_patches), int(images.max_patches)) if split else None
     return _tokens(width, height, limits, Tile(tile[0], patches // merge, patch * merge))
 
 

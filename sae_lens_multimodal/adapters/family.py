@@ -148,9 +148,13 @@ class Family(ABC):
         """Return (width, height) of the original pictures, where model inputs tell them; else None."""
         return None
 
-    def media_axis(self, path: str) -> int:
-        """Return the dimension that counts pieces of pictures in the tensors of the module at this path."""
-        return 0
+    def media_axes(self, path: str) -> tuple[int, ...]:
+        """Return the dimensions that count pieces of pictures in the tensors of the module at this path.
+
+        There are several where each piece is held against each, as in the scores of pictures that are one sequence;
+        none where the pieces are not apart.
+        """
+        return (0,)
 
     def position_ids(self, attention_mask: Int[Tensor, "batch seq"]) -> Int64[Tensor, "batch seq"] | None:
         """Return the positions that leave padding uncounted; None where the model derives them itself."""
@@ -161,8 +165,8 @@ class Family(ABC):
         return self.position_ids(inputs["attention_mask"])
 
     @classmethod
-    def processor_class(cls) -> Any:  # noqa: ANN401 - a class with `from_pretrained`
-        """Return what loads the processor of its models."""
+    def processor_class(cls, config: Any) -> Any:  # noqa: ANN401 - a config; a class with `from_pretrained`
+        """Return what loads the processor of a model with this configuration."""
         return AutoProcessor
 
     def chat_text(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:

@@ -23,6 +23,7 @@ from sae_lens_multimodal.adapters.modules import (
     language_block,
     language_hooks,
 )
+from sae_lens_multimodal.adapters.processors import image_settings
 from sae_lens_multimodal.errors import LayoutError
 from sae_lens_multimodal.types import Modality
 
@@ -116,7 +117,7 @@ class Gemma3(Family):
         return _random(seed, **structure)
 
     def _side(self) -> int:
-        images, side = self.processor.image_processor, int(self.config.vision_config.image_size)
+        images, side = image_settings(self.processor), int(self.config.vision_config.image_size)
         size = (images.size["height"], images.size["width"]) if images.do_resize else None
         if size != (side, side):
             raise LayoutError(
@@ -136,12 +137,12 @@ class Gemma3(Family):
 
     def _crops(self, width: int, height: int) -> list[tuple[int, int, int, int]]:
         """Boxes of the crops that pan and scan makes, as transformers' `pan_and_scan` rounds them."""
-        settings = self.processor.images_kwargs
-        if not settings["do_pan_and_scan"]:
+        settings = image_settings(self.processor)
+        if not settings.do_pan_and_scan:
             return []
-        least, most = settings["pan_and_scan_min_crop_size"], settings["pan_and_scan_max_num_crops"]
+        least, most = settings.pan_and_scan_min_crop_size, settings.pan_and_scan_max_num_crops
         longer, shorter = max(width, height), min(width, height)
-        if longer / shorter < settings["pan_and_scan_min_ratio_to_activate"]:
+        if longer / shorter < settings.pan_and_scan_min_ratio_to_activate:
             return []
         wanted = min(math.floor(longer / least), math.floor(longer / shorter + 0.5))
         count = min(most, max(2, wanted))

@@ -238,7 +238,8 @@ class Generic(Family):
 
     def _count(self, width: int, height: int) -> int:
         # the processor's settings are the caller's to change
-        key = (width, height, self.processor.image_processor.to_json_string())
+        settings = (self.processor.image_processor.to_json_string(), getattr(self.processor, "images_kwargs", {}))
+        key = (width, height, repr(settings))
         if key not in self._counts:
             ids = self._encode_blank(width, height)["input_ids"]
             self._counts[key] = int(torch.as_tensor(ids).eq(self.image_token_id).sum())

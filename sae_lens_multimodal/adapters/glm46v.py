@@ -6,25 +6,18 @@ from typing import Any, ClassVar, final
 
 from transformers import Glm46VForConditionalGeneration, Glm46VImageProcessorPil, Glm46VProcessor
 
-from sae_lens_multimodal.adapters.family import Released
 from sae_lens_multimodal.adapters.glm_vision import GlmVision, tiny_glm
 from sae_lens_multimodal.adapters.processors import picture_processor
 
 
 @final
 class Glm46V(GlmVision):
-    """GLM-4.6V: blocks of 2 x 2 patches of 14 pixels."""
+    """GLM-4.6V: blocks of 2 x 2 patches of 14 pixels. The released GLM-4.6V-Flash is of the type `glm4v`."""
 
     model_type: ClassVar[str] = "glm46v"
-    released: ClassVar[tuple[Released, ...]] = (
-        Released(
-            names=("zai-org/GLM-4.6V-Flash",),
-            structure={"patch_size": 14, "min_pixels": 112 * 112, "max_pixels": 28 * 28 * 15000},
-        ),
-    )
 
     @classmethod
-    def processor_class(cls) -> Any:  # noqa: ANN401 - transformers' own
+    def processor_class(cls, config: Any) -> Any:  # noqa: ANN401 - transformers' own
         """Return what loads the processor."""
         return picture_processor(Glm46VProcessor)
 

@@ -10,6 +10,7 @@ from PIL import Image
 from transformers.models.glm4v.image_processing_pil_glm4v import smart_resize
 
 from sae_lens_multimodal.adapters.hook_points import BlockModules, Part
+from sae_lens_multimodal.adapters.processors import image_settings
 from sae_lens_multimodal.adapters.qwen_vision import QwenVision, tiny_qwen, with_gated_mlp
 from sae_lens_multimodal.adapters.scanning import features_for_pictures
 
@@ -26,7 +27,7 @@ class GlmVision(QwenVision):
 
     def resized(self, width: int, height: int) -> tuple[int, int]:
         """Return the (height, width) to which the image processor resizes a picture: it counts pixels of two frames."""
-        images = self.processor.image_processor
+        images = image_settings(self.processor)
         found: tuple[int, int] = smart_resize(
             num_frames=images.temporal_patch_size,
             height=height,

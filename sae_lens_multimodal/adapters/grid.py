@@ -143,7 +143,8 @@ def view_of(images: Any, side: int, patch: int) -> View:  # noqa: ANN401 - trans
         crop=height_width(images.crop_size) if images.do_center_crop else None,
         patch=patch,
     )
-    square = view.crop or (view.resized(side, side) if view.pad_to_square or view.size else None)
+    of_one_size = view.size or (view.pad_to_square and view.shortest_edge)
+    square = view.crop or (view.resized(side, side) if of_one_size else None)
     if square != (side, side):
         raise LayoutError(
             f"the image processor makes views of {square or 'many sizes'}, the vision tower expects {(side, side)}; "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any, ClassVar
 
@@ -23,6 +24,7 @@ from sae_lens_multimodal.adapters.modules import (
     language_block,
     language_hooks,
 )
+from sae_lens_multimodal.adapters.processors import image_settings
 from sae_lens_multimodal.adapters.random_models import (
     CHAT_TEMPLATE,
     CONTROL,
@@ -39,6 +41,12 @@ from sae_lens_multimodal.types import Modality
 TEXT = "model.text_model"
 TOWER = "model.vision_model"
 CONNECTOR = "model.connector"
+FILTER = 3
+"""How many pixels a Lanczos filter reaches."""
+BLURRED = (
+    "the picture is so thin that the resize to its longest edge leaves few pixels across, which the resize to whole "
+    "tiles then spreads: a token may see more beyond its box than the box is wide."
+)
 _TILE_MARKER = re.compile(r"<row_\d+_col_\d+>")
 
 
@@ -47,6 +55,7 @@ class IdeficsTiles(Family):
 
     Each token stands for a block of `scale_factor` x `scale_factor` patches. Line breaks that the processor writes
     between rows of tiles belong to the picture as NEWLINE, the tokens that name a tile's row and column as SPECIAL.
+    Boxes are exact, but for very thin pictures, which two resizes blur: the layout's `inexact` then says so.
     """
 
     media_keys: ClassVar[tuple[str, ...]] = ("pixel_values", "pixel_attention_mask")
@@ -94,7 +103,7 @@ class IdeficsTiles(Family):
         Raises:
             LayoutError: the processor's tiles do not make the number of tokens that it writes.
         """
-        images, patch = self.processor.image_processor, int(self.config.vision_config.patch_size)
+        images, patch = image_settings(self.processor), int(self.config.vision_config.patch_size)
         merge, tile = int(self.config.scale_factor), int(images.max_image_size["longest_edge"])
         patches = tile // patch
         side = patches // merge
@@ -133,15 +142,29 @@ def _filled(tiles: Tensor, count: int) -> Tensor:
 
 @lru_cache(maxsize=256)
 def _image_tokens(width: int, height: int, longest: int | None, split: bool, tile: Tile) -> ImageTokens:
-    return tile.of_picture(width, height, *(_tiles(width, height, longest, tile.size) if split else (1, 1)))
-
-
-def _tiles(width: int, height: int, longest: int | None, tile: int) -> tuple[int, int]:
-    """Rows and columns of tiles, as the image processor rounds them."""
+    first = (height, width)
     if longest is not None:
         # it looks at the shape alone
-        shape = np.broadcast_to(np.uint8(0), (height, width))
-        height, width = get_resize_output_image_size(shape, resolution_max_side=longest)
+        first = get_resize_output_image_size(np.broadcast_to(np.uint8(0), first), resolution_max_side=longest)
+    rows, columns = _tiles(first[1], first[0], tile.size) if split else (1, 1)
+    found = tile.of_picture(width, height, rows, columns)
+    lengths = zip((height, width), first, (rows, columns), strict=True)
+    blurred = any(_blurred(before, after, count * tile.size, tile.block) for before, after, count in lengths)
+    return replace(found, inexact=BLURRED if blurred else "")
+
+
+def _blurred(original: int, first: int, last: int, block: int) -> bool:
+    """Whether a second resize lets a token see further than one would, by more than the side of its box."""
+    if first in (original, last):
+        return False
+    shrunk, once = min(1, first / original), min(1, last / original)
+    # in pixels of the original, to either side
+    twice = FILTER / shrunk + FILTER / min(1, last / first) * (original / first)
+    return twice - FILTER / once > block * original / last
+
+
+def _tiles(width: int, height: int, tile: int) -> tuple[int, int]:
+    """Rows and columns of tiles, as the image processor rounds them."""
     aspect = width / height
     if width >= height:
         columns = math.ceil(width / tile)

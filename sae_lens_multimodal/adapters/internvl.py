@@ -127,7 +127,7 @@ class InternVl(Family):
         return round(1 / float(self.config.downsample_ratio))
 
     @classmethod
-    def processor_class(cls) -> Any:  # noqa: ANN401 - transformers' own
+    def processor_class(cls, config: Any) -> Any:  # noqa: ANN401 - transformers' own
         """Return what loads the processor."""
         return picture_processor(InternVLProcessor)
 

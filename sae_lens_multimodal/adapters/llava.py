@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal, final
+from typing import Any, ClassVar, Literal, TypeAlias, final
 
 from sae_lens_multimodal.adapters.family import Family, ImageTokens, Released
 from sae_lens_multimodal.adapters.grid import view_of
@@ -14,14 +14,14 @@ from sae_lens_multimodal.adapters.modules import (
     PROJECTOR,
     UNEMBEDDING,
     VISION,
-    check_tower,
-    clip_vision_hooks,
+    check_strategy,
     complete_processor,
-    embedding_hook,
-    language_block,
-    language_hooks,
-    projector_hooks,
+    llava_hooks,
 )
+from sae_lens_multimodal.adapters.processors import image_settings
+
+Images: TypeAlias = Literal["pad", "crop", "squash"]
+"""How a picture becomes the one square view: filled up, cropped in the middle, or whatever its shape."""
 
 
 @final
@@ -41,12 +41,22 @@ class Llava(Family):
     unembedding: ClassVar[str] = UNEMBEDDING
     released: ClassVar[tuple[Released, ...]] = (
         Released(
-            names=("llava-hf/llava-1.5-7b-hf", "llava-hf/llava-1.5-13b-hf", "llava-hf/bakLlava-v1-hf"),
-            structure={"image_size": 336, "patch_size": 14, "crop": True},
+            names=("llava-hf/llava-1.5-7b-hf", "llava-hf/llava-1.5-13b-hf"),
+            structure={"image_size": 336, "patch_size": 14, "images": "crop"},
+        ),
+        Released(
+            names=("llava-hf/bakLlava-v1-hf",),
+            structure={"image_size": 336, "patch_size": 14, "images": "crop", "text": "mistral"},
         ),
         Released(
             names=("llava-hf/llava-interleave-qwen-0.5b-hf", "llava-hf/llava-interleave-qwen-7b-hf"),
-            structure={"image_size": 384, "patch_size": 14, "tower": "siglip_vision_model"},
+            structure={
+                "image_size": 384,
+                "patch_size": 14,
+                "tower": "siglip_vision_model",
+                "images": "squash",
+                "text": "qwen2",
+            },
         ),
         Released(
             names=("mistral-community/pixtral-12b",),
@@ -61,11 +71,8 @@ class Llava(Family):
             UnsupportedModelError: the vision tower is of another kind, or gives tokens beside the patches.
         """
         super().__init__(config, processor)
-        strategy = config.vision_feature_select_strategy
-        check_tower(
-            config.vision_config, 1 if strategy == "default" else 0, f"vision_feature_select_strategy={strategy!r}"
-        )
-        complete_processor(config, processor, strategy)
+        check_strategy(config)
+        complete_processor(config, processor, config.vision_feature_select_strategy)
 
     @classmethod
     def of(cls, module: Any, processor: Any) -> Family:  # noqa: ANN401 - any transformers model and processor
@@ -76,17 +83,18 @@ class Llava(Family):
 
         return LlavaPixtral(module.config, processor)
 
+    @classmethod
+    def processor_class(cls, config: Any) -> Any:  # noqa: ANN401 - transformers' own
+        """Return what loads the processor, which for Pixtral transformers hides where torchvision lacks."""
+        if config.vision_config.model_type != "pixtral":
+            return super().processor_class(config)
+        from sae_lens_multimodal.adapters.pixtral import pixtral_processor
+
+        return pixtral_processor()
+
     def hook_points(self) -> Sequence[HookPoint]:
         """Return all named hooks in the order in which a forward pass reaches them."""
-        text, vision = self.config.text_config, self.config.vision_config
-        layers = self.config.vision_feature_layer
-        seen = vision.hidden_size * (1 if isinstance(layers, int) else len(layers))
-        return (
-            *embedding_hook(text),
-            *clip_vision_hooks(vision),
-            *projector_hooks(seen, text.hidden_size, text.hidden_size),
-            *language_hooks(text, language_block(text)),
-        )
+        return llava_hooks(self.config)
 
     def image_tokens(self, width: int, height: int) -> ImageTokens:
         """Return how the placeholders of a picture of this size lie in it.
@@ -95,7 +103,7 @@ class Llava(Family):
             LayoutError: processor and vision tower disagree about the size of a view.
         """
         vision = self.config.vision_config
-        return view_of(self.processor.image_processor, vision.image_size, vision.patch_size).tokens(width, height)
+        return view_of(image_settings(self.processor), vision.image_size, vision.patch_size).tokens(width, height)
 
     @classmethod
     def random_model(cls, seed: int = 0, **structure: Any) -> tuple[Any, Any]:  # noqa: ANN401 - by name
@@ -108,53 +116,57 @@ class Llava(Family):
 
 
 def _random(
-    seed: int, image_size: int = 48, patch_size: int = 8, tower: str = "clip_vision_model", crop: bool = False
+    seed: int,
+    image_size: int = 48,
+    patch_size: int = 8,
+    tower: str = "clip_vision_model",
+    images: Images = "pad",
+    text: str = "llama",
 ) -> tuple[Any, Any]:
-    from transformers import (
-        CLIPImageProcessorPil,
-        CLIPVisionConfig,
-        LlavaConfig,
-        LlavaForConditionalGeneration,
-        LlavaImageProcessorPil,
-        LlavaProcessor,
-        SiglipVisionConfig,
-    )
+    from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration, SiglipVisionConfig
 
-    from sae_lens_multimodal.adapters.random_models import (
-        CHAT_TEMPLATE,
-        CONTROL,
-        finished,
-        tiny_llama,
-        tiny_tower,
-        word_tokenizer,
-    )
+    from sae_lens_multimodal.adapters.random_models import CONTROL, finished, tiny_llama, tiny_tower
 
-    tokenizer = word_tokenizer()
     has_class = tower == "clip_vision_model"
+    processor = llava_processor(image_size, patch_size, images, has_class=has_class)
     settings = tiny_tower(image_size, patch_size)
-    strategy: Literal["default", "full"] = "default" if has_class else "full"
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(**settings)
         if has_class
         else SiglipVisionConfig(**settings, vision_use_head=False),
-        text_config=tiny_llama(tokenizer),
+        text_config=tiny_llama(processor.tokenizer, kind=text),
         image_token_index=CONTROL.index("<image>"),
         vision_feature_layer=-2,
-        vision_feature_select_strategy=strategy,
+        vision_feature_select_strategy=processor.vision_feature_select_strategy,
         architectures=["LlavaForConditionalGeneration"],
     )
+    return finished(LlavaForConditionalGeneration(config), processor.tokenizer, seed), processor
+
+
+def llava_processor(image_size: int, patch_size: int, images: Images = "pad", *, has_class: bool = True) -> Any:  # noqa: ANN401 - transformers' own
+    """Return a processor as LLaVA-1.5 and its like have it.
+
+    Args:
+        image_size: side of the one view of each picture.
+        patch_size: side of a patch.
+        images: whether pictures are filled up to a square, cropped to one, or squashed into one.
+        has_class: whether the vision tower gives a class token, which is dropped.
+    """
+    from transformers import CLIPImageProcessorPil, LlavaImageProcessorPil, LlavaProcessor, SiglipImageProcessorPil
+
+    from sae_lens_multimodal.adapters.random_models import CHAT_TEMPLATE, word_tokenizer
+
     square = {"height": image_size, "width": image_size}
-    images = (
-        CLIPImageProcessorPil(size={"shortest_edge": image_size}, crop_size=square)
-        if crop
-        else LlavaImageProcessorPil(size=square, crop_size=square, do_center_crop=False, do_pad=True)
-    )
-    processor = LlavaProcessor(
-        images,
-        tokenizer,
+    made: Any = {
+        "crop": lambda: CLIPImageProcessorPil(size={"shortest_edge": image_size}, crop_size=square),
+        "pad": lambda: LlavaImageProcessorPil(size=square, crop_size=square, do_center_crop=False, do_pad=True),
+        "squash": lambda: SiglipImageProcessorPil(size=square),
+    }[images]
+    return LlavaProcessor(
+        made(),
+        word_tokenizer(),
         patch_size=patch_size,
-        vision_feature_select_strategy=strategy,
+        vision_feature_select_strategy="default" if has_class else "full",
         num_additional_image_tokens=int(has_class),
         chat_template=CHAT_TEMPLATE,
     )
-    return finished(LlavaForConditionalGeneration(config), tokenizer, seed), processor

@@ -5,9 +5,13 @@ from __future__ import annotations
 from functools import cache
 from typing import Any, ClassVar, final
 
+from transformers.utils.import_utils import is_torchvision_available
+
 from sae_lens_multimodal.adapters.anyres import AnyresFamily
 from sae_lens_multimodal.adapters.family import Released
+from sae_lens_multimodal.adapters.llava_next import RELEASED_VIEWS
 from sae_lens_multimodal.adapters.modules import complete_processor
+from sae_lens_multimodal.adapters.processors import PictureProcessor
 
 
 @final
@@ -23,11 +27,7 @@ class LlavaNextVideo(AnyresFamily):
     released: ClassVar[tuple[Released, ...]] = (
         Released(
             names=("llava-hf/LLaVA-NeXT-Video-7B-hf", "llava-hf/LLaVA-NeXT-Video-7B-DPO-hf"),
-            structure={
-                "side": 336,
-                "patch": 14,
-                "pinpoints": ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008)),
-            },
+            structure=RELEASED_VIEWS,
         ),
     )
 
@@ -41,12 +41,9 @@ class LlavaNextVideo(AnyresFamily):
         complete_processor(config, processor, config.vision_feature_select_strategy)
 
     @classmethod
-    def processor_class(cls) -> Any:  # noqa: ANN401 - transformers' own
+    def processor_class(cls, config: Any) -> Any:  # noqa: ANN401 - transformers' own
         """Return what loads its processor: without the video part, where torchvision lacks."""
-        from transformers import AutoProcessor
-        from transformers.utils.import_utils import is_torchvision_available
-
-        return AutoProcessor if is_torchvision_available() else _picture_processor()
+        return PictureProcessor(_picture_processor(), whole=is_torchvision_available())
 
     @classmethod
     def random_model(cls, seed: int = 0, **structure: Any) -> tuple[Any, Any]:  # noqa: ANN401 - see `_random`

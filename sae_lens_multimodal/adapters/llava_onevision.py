@@ -48,7 +48,7 @@ class LlavaOnevision(AnyresFamily):
     )
 
     @classmethod
-    def processor_class(cls) -> Any:  # noqa: ANN401 - transformers' own
+    def processor_class(cls, config: Any) -> Any:  # noqa: ANN401 - transformers' own
         """Return what loads its processor: without the video part, where torchvision lacks."""
         from transformers import LlavaOnevisionProcessor
 

@@ -6,7 +6,14 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, final
 
 from sae_lens_multimodal.adapters.hook_points import HookPoint
-from sae_lens_multimodal.adapters.modules import embedding_hook, language_block, language_hooks, projector_hooks
+from sae_lens_multimodal.adapters.modules import (
+    VISION,
+    embedding_hook,
+    features_width,
+    language_block,
+    language_hooks,
+    projector_hooks,
+)
 from sae_lens_multimodal.adapters.pixtral import PixtralFamily, pixtral_hooks, random_pixtral_parts
 
 
@@ -14,8 +21,7 @@ from sae_lens_multimodal.adapters.pixtral import PixtralFamily, pixtral_hooks, r
 class LlavaPixtral(PixtralFamily):
     """Pixtral: a picture keeps its shape, and each patch is a token. `Llava.of` chooses it by the vision tower.
 
-    Boxes are exact. The projector keeps the vision tower's shape, [1, patches, d]. Where torchvision lacks,
-    transformers cannot load the processor by name: give `load_model` the one that `pixtral_processor` loads.
+    Boxes are exact. The projector keeps the vision tower's shape, [1, patches, d].
     """
 
     model_type: ClassVar[str] = "llava"
@@ -27,18 +33,17 @@ class LlavaPixtral(PixtralFamily):
 
     def hook_points(self) -> Sequence[HookPoint]:
         """Return all named hooks in the order in which a forward pass reaches them."""
-        text, vision, layers = self.config.text_config, self.config.vision_config, self.config.vision_feature_layer
-        seen = vision.hidden_size * (1 if isinstance(layers, int) else len(layers))
+        text, vision = self.config.text_config, self.config.vision_config
         return (
             *embedding_hook(text),
             *pixtral_hooks(vision),
-            *projector_hooks(seen, text.hidden_size, text.hidden_size),
+            *projector_hooks(features_width(self.config), text.hidden_size, text.hidden_size),
             *language_hooks(text, language_block(text)),
         )
 
-    def media_axis(self, path: str) -> int:
-        """Return the dimension that counts patches, in the projector as in the vision tower."""
-        return super().media_axis(path) or 1
+    def media_axes(self, path: str) -> tuple[int, ...]:
+        """Return the dimensions that count patches, in the projector as in the vision tower."""
+        return super().media_axes(path) if path.startswith(VISION) else (1,)
 
     @classmethod
     def random_model(cls, seed: int = 0, **structure: Any) -> tuple[Any, Any]:  # noqa: ANN401 - see `_random`

@@ -7,7 +7,13 @@ from typing import Any, ClassVar, final
 
 from sae_lens_multimodal.adapters.family import Released
 from sae_lens_multimodal.adapters.hook_points import HookPoint, Part
-from sae_lens_multimodal.adapters.modules import PROJECTOR, embedding_hook, language_block, language_hooks
+from sae_lens_multimodal.adapters.modules import (
+    PROJECTOR,
+    embedding_hook,
+    features_width,
+    language_block,
+    language_hooks,
+)
 from sae_lens_multimodal.adapters.pixtral import PixtralFamily, pixtral_hooks, random_pixtral_parts
 
 
@@ -34,10 +40,8 @@ class Mistral3(PixtralFamily):
     def hook_points(self) -> Sequence[HookPoint]:
         """Return all named hooks in the order in which a forward pass reaches them."""
         text, vision = self.config.text_config, self.config.vision_config
-        layers = self.config.vision_feature_layer
-        seen = vision.hidden_size * (1 if isinstance(layers, int) else len(layers))
         projector = (
-            Part("hook_in", side="input", d=seen),
+            Part("hook_in", side="input", d=features_width(self.config)),
             Part("ln.hook_out", "norm", d=vision.hidden_size),
             Part("hook_merged", "patch_merger", d=vision.hidden_size),
             Part("hook_pre", "linear_1", d=text.hidden_size),

@@ -69,23 +69,24 @@ def load_model(
         'model.language_model.layers.2'
     """
     check_device(device)
+    shared = {key: from_pretrained_kwargs[key] for key in _SHARED_KWARGS if key in from_pretrained_kwargs}
+    shared["trust_remote_code"] = trust_remote_code
     if isinstance(name_or_module, nn.Module):
-        module = name_or_module
-        name = str(getattr(module, "name_or_path", "") or type(module).__name__)
-        settings: Any = module.config
-        adapter = find_family(family or str(settings.model_type), name=name)
-        if device is not None or dtype is not None:
-            module = _placed(module, device, _as_dtype(dtype))
+        name = str(getattr(name_or_module, "name_or_path", "") or type(name_or_module).__name__)
+        config: Any = name_or_module.config
     else:
         name = fspath(name_or_module)
-        shared = {key: from_pretrained_kwargs[key] for key in _SHARED_KWARGS if key in from_pretrained_kwargs}
-        config = _load(AutoConfig, name, "configuration", trust_remote_code=trust_remote_code, **shared)
-        adapter = find_family(family or str(config.model_type), name=name)
+        config = _load(AutoConfig, name, "configuration", **shared)
+    adapter = find_family(family or str(config.model_type), name=name)
+    if not isinstance(name_or_module, nn.Module):
         module = _load_module(name, device, dtype, trust_remote_code, from_pretrained_kwargs)
+    elif device is not None or dtype is not None:
+        module = _placed(name_or_module, device, _as_dtype(dtype))
+    else:
+        module = name_or_module
     if processor is None or isinstance(processor, (str, PathLike)):
-        shared = {key: from_pretrained_kwargs[key] for key in _SHARED_KWARGS if key in from_pretrained_kwargs}
         source = name if processor is None else fspath(processor)
-        processor = _load(adapter.processor_class(), source, "processor", trust_remote_code=trust_remote_code, **shared)
+        processor = _load(adapter.processor_class(config), source, "processor", **shared)
     return VisionLanguageModel(module.eval(), processor=processor, family=adapter.of(module, processor), name=name)
 
 

@@ -98,7 +98,7 @@ def cohere_block(text: Any) -> BlockModules:  # noqa: ANN401 - a transformers co
 LANGUAGE_BLOCKS: Mapping[str, Callable[[Any], BlockModules]] = MappingProxyType(
     {
         **dict.fromkeys(("llama", "ministral", "ministral3", "mistral", "qwen2", "qwen3"), llama_block),
-        "cohere2": cohere_block,
+        **dict.fromkeys(("cohere", "cohere2"), cohere_block),
         "gemma": gemma1_block,
         **dict.fromkeys(("gemma2", "gemma3_text"), gemma_block),
     }
@@ -173,6 +173,22 @@ def check_tower(vision: Any, dropped: int, because: str) -> None:  # noqa: ANN40
         )
 
 
+def check_strategy(config: Any) -> None:  # noqa: ANN401 - a transformers config
+    """Check that `vision_feature_select_strategy` drops the class token if there is one, and nothing else.
+
+    Raises:
+        UnsupportedModelError: as `check_tower`.
+    """
+    strategy = config.vision_feature_select_strategy
+    check_tower(config.vision_config, 1 if strategy == "default" else 0, f"vision_feature_select_strategy={strategy!r}")
+
+
+def features_width(config: Any) -> int:  # noqa: ANN401 - a transformers config
+    """Return the width of what a projector is given: the features of one layer of the vision tower, or of several."""
+    layers = config.vision_feature_layer
+    return int(config.vision_config.hidden_size) * (1 if isinstance(layers, int) else len(layers))
+
+
 def complete_processor(config: Any, processor: Any, strategy: str) -> None:  # noqa: ANN401 - transformers' own
     """Fill in what processors saved by older versions of transformers lack and need to count tokens."""
     if processor.patch_size is None:
@@ -221,6 +237,22 @@ def projector_hooks(
         Part("hook_out", d=width),
     )
     return tuple(part.at(prefix="projector.", path=path, tower="projector") for part in parts)
+
+
+def llava_hooks(config: Any, norm: str | None = None) -> tuple[HookPoint, ...]:  # noqa: ANN401 - a transformers config
+    """Return the hooks of a model built like LLaVA: a CLIP or SigLIP, a projector of two layers, a language model.
+
+    Args:
+        config: of the model.
+        norm: the norm before the projector's layers, if it has one.
+    """
+    text = config.text_config
+    return (
+        *embedding_hook(text),
+        *clip_vision_hooks(config.vision_config),
+        *projector_hooks(features_width(config), text.hidden_size, text.hidden_size, norm=norm),
+        *language_hooks(text, language_block(text)),
+    )
 
 
 def language_hooks(

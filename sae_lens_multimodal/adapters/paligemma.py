@@ -25,6 +25,7 @@ from sae_lens_multimodal.adapters.modules import (
     language_block,
     language_hooks,
 )
+from sae_lens_multimodal.adapters.processors import image_settings
 from sae_lens_multimodal.errors import PromptError
 
 
@@ -83,7 +84,7 @@ class PaliGemma(Family):
             LayoutError: processor and vision tower disagree about the size of a view.
         """
         vision = self.config.vision_config
-        return view_of(self.processor.image_processor, vision.image_size, vision.patch_size).tokens(width, height)
+        return view_of(image_settings(self.processor), vision.image_size, vision.patch_size).tokens(width, height)
 
     def position_ids(self, attention_mask: Int[Tensor, "batch seq"]) -> Int64[Tensor, "batch seq"]:
         """Count the positions of each row from its first token, which is 1.
@@ -122,7 +123,8 @@ class PaliGemma(Family):
         encoded["token_type_ids"] = torch.where(encoded["attention_mask"] == 1, encoded["token_type_ids"], 0)
         pictures = [picture for row in images for picture in row]
         if pictures:
-            encoded["pixel_values"] = self.processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
+            settings = {**self.processor.images_kwargs, "return_tensors": "pt"}
+            encoded["pixel_values"] = self.processor.image_processor(pictures, **settings)["pixel_values"]
         return encoded
 
     @classmethod

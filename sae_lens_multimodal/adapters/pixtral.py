@@ -34,10 +34,13 @@ from sae_lens_multimodal.adapters.modules import (
     VISION,
     head_width,
 )
-from sae_lens_multimodal.errors import LayoutError, UnsupportedModelError
+from sae_lens_multimodal.adapters.processors import image_settings
+from sae_lens_multimodal.errors import ImageError, LayoutError, UnsupportedModelError
 from sae_lens_multimodal.types import Modality
 
 TRANSFORMER = f"{VISION}.transformer"
+HELD_AGAINST_EACH = tuple(operation.rpartition(".")[2] for operation in (SCORES, PATTERN))
+"""The operations in eager attention whose values are [1, heads, patches, patches]."""
 
 
 class PixtralFamily(Family, ABC):
@@ -91,12 +94,17 @@ class PixtralFamily(Family, ABC):
         patch = self.config.vision_config.patch_size
         return 0 if sizes is None else int((torch.as_tensor(sizes) // patch).prod(dim=-1).sum())
 
-    def media_axis(self, path: str) -> int:
-        """Return the dimension that counts patches at a module path; where there is none, one that no tensor has."""
+    def media_axes(self, path: str) -> tuple[int, ...]:
+        """Return the dimensions that count patches at a module path."""
         if not path.startswith(VISION):
-            return 0
-        # before the pictures are one sequence; and scores and patterns, in which two dimensions count patches
-        return 9 if path.startswith(f"{VISION}.patch_conv") or "attention_interface" in path else 1
+            return (0,)
+        if path.startswith(f"{VISION}.patch_conv"):
+            # before the pictures are one sequence
+            return ()
+        if "attention_interface" in path:
+            # no patch sees another picture, so that nothing is lost beside the blocks of the pictures' own
+            return (2, 3) if any(f".{name}" in path for name in HELD_AGAINST_EACH) else ()
+        return (1,)
 
     def merge_media(self, batches: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """Join pixel values, filled up at the right and the bottom, and sizes."""
@@ -108,7 +116,7 @@ class PixtralFamily(Family, ABC):
         return dict(inputs) if sizes is None else {**inputs, "image_sizes": torch.as_tensor(sizes).tolist()}
 
     @classmethod
-    def processor_class(cls) -> Any:  # noqa: ANN401 - transformers' own
+    def processor_class(cls, config: Any) -> Any:  # noqa: ANN401 - transformers' own
         """Return what loads its processor, which transformers hides where torchvision lacks."""
         return pixtral_processor()
 
@@ -192,6 +200,7 @@ def pixtral_tokens(config: Any, processor: Any, width: int, height: int, merged:
         merged: patches along one side of the square that a token stands for.
 
     Raises:
+        ImageError: the picture is too thin.
         LayoutError: processor and model disagree about the size of patches.
     """
     patch = int(config.vision_config.patch_size)
@@ -200,7 +209,7 @@ def pixtral_tokens(config: Any, processor: Any, width: int, height: int, merged:
             f"the processor makes patches of {processor.patch_size} pixels in squares of "
             f"{processor.spatial_merge_size}, the model expects {patch} and {merged}; load them from one checkpoint."
         )
-    images = processor.image_processor
+    images = image_settings(processor)
     if not images.do_resize or images.do_center_crop:
         raise LayoutError("the image processor leaves pictures in their size or crops them; set its do_resize to True.")
     longest = dict(images.size).get("longest_edge")
@@ -209,6 +218,11 @@ def pixtral_tokens(config: Any, processor: Any, width: int, height: int, merged:
     # it reads no more of a picture than its shape
     shape = np.empty((3, height, width), dtype=np.bool_)
     new_h, new_w = get_resize_output_image_size(shape, most, (token, token), ChannelDimension.FIRST)
+    if not (new_h and new_w):
+        raise ImageError(
+            f"a picture of {width} x {height} pixels is so thin that the image processor would leave nothing of it; "
+            "cut it into parts."
+        )
     y = before_resize(grid_edges(new_h // token, token), height, new_h)
     x = before_resize(grid_edges(new_w // token, token), width, new_w)
     return whole_picture(y, x, width, height)

@@ -52,7 +52,7 @@ class Qwen25Vl(QwenVision):
         return {**given, "image_window_index": order, "image_cu_window_seqlens": lengths.numpy()}
 
     @classmethod
-    def processor_class(cls) -> Any:  # noqa: ANN401 - transformers' own
+    def processor_class(cls, config: Any) -> Any:  # noqa: ANN401 - transformers' own
         """Return what loads the processor."""
         return picture_processor(Qwen2_5_VLProcessor)
 

@@ -28,7 +28,7 @@ class Qwen2Vl(QwenVision):
     )
 
     @classmethod
-    def processor_class(cls) -> Any:  # noqa: ANN401 - transformers' own
+    def processor_class(cls, config: Any) -> Any:  # noqa: ANN401 - transformers' own
         """Return what loads the processor."""
         return picture_processor(Qwen2VLProcessor)
 

@@ -64,7 +64,7 @@ class LinearAttention(LearnedGrid):
         return {name: value for name, value in given.items() if name != "attention_mask"}
 
     @classmethod
-    def processor_class(cls) -> Any:  # noqa: ANN401 - transformers' own
+    def processor_class(cls, config: Any) -> Any:  # noqa: ANN401 - transformers' own
         """Return what loads the processor."""
         return picture_processor(Qwen3VLProcessor)
 

@@ -95,7 +95,7 @@ class Qwen3Vl(DeepstackVision):
     )
 
     @classmethod
-    def processor_class(cls) -> Any:  # noqa: ANN401 - transformers' own
+    def processor_class(cls, config: Any) -> Any:  # noqa: ANN401 - transformers' own
         """Return what loads the processor."""
         return picture_processor(Qwen3VLProcessor)
 

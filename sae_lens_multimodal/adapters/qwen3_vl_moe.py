@@ -34,7 +34,7 @@ class Qwen3VlMoe(DeepstackVision):
         return replace(super().text_block(), mlp_in=None, mlp_gated=None, mlp_out=None)
 
     @classmethod
-    def processor_class(cls) -> Any:  # noqa: ANN401 - transformers' own
+    def processor_class(cls, config: Any) -> Any:  # noqa: ANN401 - transformers' own
         """Return what loads the processor."""
         return picture_processor(Qwen3VLProcessor)
 

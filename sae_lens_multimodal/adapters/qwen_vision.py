@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Int, Int64
-from PIL import Image
 from torch import Tensor
 from transformers import Qwen2VLImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
@@ -19,7 +18,7 @@ from sae_lens_multimodal.adapters.family import Family, ImageTokens
 from sae_lens_multimodal.adapters.grid import before_resize, grid_edges, whole_picture
 from sae_lens_multimodal.adapters.hook_points import BlockModules, HookPoint, Part, block_parts
 from sae_lens_multimodal.adapters.modules import LANGUAGE, RMS_NORMALIZED, embedding_hook, language_hooks, llama_block
-from sae_lens_multimodal.adapters.processors import without_video
+from sae_lens_multimodal.adapters.processors import image_settings, without_video
 from sae_lens_multimodal.adapters.random_models import CHAT_TEMPLATE, CONTROL, finished, tiny_text, word_tokenizer
 from sae_lens_multimodal.errors import ImageError, LayoutError
 from sae_lens_multimodal.types import Modality
@@ -68,39 +67,37 @@ class QwenVision(Family):
         """Return how the blocks of a picture of this size lie in it, row by row.
 
         Raises:
-            LayoutError: processor and vision tower disagree about patches.
+            ImageError: the picture is too long for its width, or too wide for its height.
+            LayoutError: processor and vision tower disagree about patches, or these do not make up the picture.
         """
-        images, vision = self.processor.image_processor, self.config.vision_config
+        if max(width, height) > MAX_ASPECT * min(width, height):
+            raise ImageError(
+                f"a picture of {width} x {height} pixels has sides that differ by a factor of more than "
+                f"{MAX_ASPECT}, which the model's processor refuses; cut it into parts."
+            )
+        images, vision = image_settings(self.processor), self.config.vision_config
         if (images.patch_size, images.merge_size) != (vision.patch_size, vision.spatial_merge_size):
             raise LayoutError(
                 f"the image processor makes patches of {images.patch_size} pixels in blocks of {images.merge_size}, "
                 f"the model expects {vision.patch_size} and {vision.spatial_merge_size}; load them from one checkpoint."
             )
+        block = int(images.patch_size) * int(images.merge_size)
+        if not images.do_resize and (width % block or height % block):
+            raise LayoutError(
+                f"a picture of {width} x {height} pixels does not divide into blocks of {block}, and the image "
+                "processor leaves pictures in their size; set its do_resize to True."
+            )
         resized = self.resized(width, height) if images.do_resize else (height, width)
-        return _image_tokens(width, height, resized, int(images.patch_size) * int(images.merge_size))
+        return _image_tokens(width, height, resized, block)
 
     def resized(self, width: int, height: int) -> tuple[int, int]:
         """Return the (height, width) to which the image processor resizes a picture."""
-        images = self.processor.image_processor
+        images = image_settings(self.processor)
         factor = int(images.patch_size) * int(images.merge_size)
         found: tuple[int, int] = smart_resize(
             height, width, factor, images.size["shortest_edge"], images.size["longest_edge"]
         )
         return found
-
-    def processor_images(self, images: Sequence[Sequence[Image.Image]]) -> Any:  # noqa: ANN401 - the processor's form
-        """Return the pictures of all prompts in one list.
-
-        Raises:
-            ImageError: a picture is too long for its width, or too wide for its height.
-        """
-        for width, height in (picture.size for row in images for picture in row):
-            if max(width, height) > MAX_ASPECT * min(width, height):
-                raise ImageError(
-                    f"a picture of {width} x {height} pixels has sides that differ by a factor of more than "
-                    f"{MAX_ASPECT}, which the model's processor refuses; cut it into parts."
-                )
-        return super().processor_images(images)
 
     def media_rows(self, inputs: Mapping[str, Any]) -> int:
         """Return the number of patches of all pictures."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import TypeAlias
 
 from sae_lens_multimodal.adapters.family import Family
@@ -15,7 +16,7 @@ ENTRY_POINT_GROUP = "sae_lens_multimodal.adapters"
 
 GENERIC = "generic"
 """The fallback for models without an adapter: it has to be asked for, and is no family of its own."""
-GUIDE = "docs/adding_a_family.md"
+GUIDE = "docs/adding_a_family.md in the repository of sae-lens-multimodal"
 """The page that leads through writing an adapter."""
 
 FamilyFactory: TypeAlias = Callable[[], type[Family]]
@@ -49,6 +50,7 @@ def find_family(model_type: str, *, name: str = "the model") -> type[Family]:
 
     Raises:
         UnsupportedModelError: no adapter is registered for it.
+        ConfigError: the entry point of another package does not give one.
     """
     if model_type == GENERIC:
         from sae_lens_multimodal.adapters.generic import Generic
@@ -66,6 +68,20 @@ def find_family(model_type: str, *, name: str = "the model") -> type[Family]:
 
 def _all_factories() -> dict[str, FamilyFactory]:
     import_module("sae_lens_multimodal.adapters.families")
-    outside = {entry.name: entry.load for entry in entry_points(group=ENTRY_POINT_GROUP)}
+    outside = {entry.name: partial(_from_entry_point, entry) for entry in entry_points(group=ENTRY_POINT_GROUP)}
     # a built-in family wins: an installed package must not change it unseen
     return {**outside, **_factories}
+
+
+def _from_entry_point(entry: EntryPoint) -> type[Family]:
+    package = f" of the package {entry.dist.name}" if entry.dist else ""
+    described = f"the entry point {entry.name} = {entry.value!r}{package}"
+    try:
+        found = entry.load()
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(
+            f"{described} cannot be imported: {error}. Update or uninstall that package; if it is yours, see {GUIDE}."
+        ) from error
+    if not (isinstance(found, type) and issubclass(found, Family)):
+        raise ConfigError(f"{described} is {found!r}; expected a subclass of adapters.family.Family: see {GUIDE}.")
+    return found

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, final
 
-from transformers import AutoProcessor, SmolVLMForConditionalGeneration, SmolVLMImageProcessorPil, SmolVLMProcessor
+from transformers import SmolVLMForConditionalGeneration, SmolVLMImageProcessorPil, SmolVLMProcessor
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils.import_utils import is_num2words_available, is_torchvision_available
 
 from sae_lens_multimodal.adapters.family import Released
 from sae_lens_multimodal.adapters.idefics_tiles import IdeficsTiles, tiny_idefics
+from sae_lens_multimodal.adapters.processors import PictureProcessor
 
 
 @final
@@ -35,18 +36,18 @@ class SmolVlm(IdeficsTiles):
         return str(self.processor.global_image_token)
 
     @classmethod
-    def processor_class(cls) -> Any:  # noqa: ANN401 - transformers' own
+    def processor_class(cls, config: Any) -> Any:  # noqa: ANN401 - transformers' own
         """Return what loads the processor, without its video part where that lacks torchvision or num2words."""
-        return AutoProcessor if is_torchvision_available() and is_num2words_available() else _PictureProcessor
+        return PictureProcessor(_Pictures, whole=is_torchvision_available() and is_num2words_available())
 
     @classmethod
     def random_model(cls, seed: int = 0, **structure: Any) -> tuple[Any, Any]:  # noqa: ANN401 - see `tiny_idefics`
         """Return a tiny SmolVLM with random weights, and its processor."""
-        classes = (SmolVLMForConditionalGeneration, SmolVLMImageProcessorPil, _PictureProcessor)
+        classes = (SmolVLMForConditionalGeneration, SmolVLMImageProcessorPil, _Pictures)
         return tiny_idefics(*classes, seed, **structure)
 
 
-class _PictureProcessor(SmolVLMProcessor):
+class _Pictures(SmolVLMProcessor):
     """The processor for pictures alone: the original insists on num2words, which only writes the lengths of videos."""
 
     def __init__(
@@ -73,4 +74,4 @@ class _PictureProcessor(SmolVLMProcessor):
     apply_chat_template = ProcessorMixin.apply_chat_template
 
 
-_PictureProcessor.__name__ = SmolVLMProcessor.__name__
+_Pictures.__name__ = SmolVLMProcessor.__name__

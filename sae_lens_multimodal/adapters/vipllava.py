@@ -8,6 +8,7 @@ from typing import Any, ClassVar, final
 from sae_lens_multimodal.adapters.family import Family, ImageTokens, Released
 from sae_lens_multimodal.adapters.grid import view_of
 from sae_lens_multimodal.adapters.hook_points import HookPoint
+from sae_lens_multimodal.adapters.llava import Images, llava_processor
 from sae_lens_multimodal.adapters.modules import (
     LANGUAGE,
     OLD_PATHS,
@@ -15,13 +16,10 @@ from sae_lens_multimodal.adapters.modules import (
     UNEMBEDDING,
     VISION,
     check_tower,
-    clip_vision_hooks,
     complete_processor,
-    embedding_hook,
-    language_block,
-    language_hooks,
-    projector_hooks,
+    llava_hooks,
 )
+from sae_lens_multimodal.adapters.processors import image_settings
 
 
 @final
@@ -40,7 +38,7 @@ class VipLlava(Family):
     released: ClassVar[tuple[Released, ...]] = (
         Released(
             names=("llava-hf/vip-llava-7b-hf", "llava-hf/vip-llava-13b-hf"),
-            structure={"image_size": 336, "patch_size": 14, "crop": True},
+            structure={"image_size": 336, "patch_size": 14, "images": "crop"},
         ),
     )
 
@@ -56,14 +54,7 @@ class VipLlava(Family):
 
     def hook_points(self) -> Sequence[HookPoint]:
         """Return all named hooks in the order in which a forward pass reaches them."""
-        text, vision, layers = self.config.text_config, self.config.vision_config, self.config.vision_feature_layer
-        seen = vision.hidden_size * (1 if isinstance(layers, int) else len(layers))
-        return (
-            *embedding_hook(text),
-            *clip_vision_hooks(vision),
-            *projector_hooks(seen, text.hidden_size, text.hidden_size, norm="projector_layernorm"),
-            *language_hooks(text, language_block(text)),
-        )
+        return llava_hooks(self.config, norm="projector_layernorm")
 
     def image_tokens(self, width: int, height: int) -> ImageTokens:
         """Return how the placeholders of a picture of this size lie in it.
@@ -72,7 +63,7 @@ class VipLlava(Family):
             LayoutError: processor and vision tower disagree about the size of a view.
         """
         vision = self.config.vision_config
-        return view_of(self.processor.image_processor, vision.image_size, vision.patch_size).tokens(width, height)
+        return view_of(image_settings(self.processor), vision.image_size, vision.patch_size).tokens(width, height)
 
     @classmethod
     def random_model(cls, seed: int = 0, **structure: Any) -> tuple[Any, Any]:  # noqa: ANN401 - by name
@@ -80,13 +71,12 @@ class VipLlava(Family):
         return _random(seed, **structure)
 
 
-def _random(seed: int, image_size: int = 48, patch_size: int = 8, crop: bool = False) -> tuple[Any, Any]:
+def _random(seed: int, image_size: int = 48, patch_size: int = 8, images: Images = "pad") -> tuple[Any, Any]:
     from transformers import CLIPVisionConfig, VipLlavaConfig, VipLlavaForConditionalGeneration
 
-    from sae_lens_multimodal.adapters.llava import Llava
     from sae_lens_multimodal.adapters.random_models import CONTROL, finished, tiny_llama, tiny_tower
 
-    _, processor = Llava.random_model(seed, image_size=image_size, patch_size=patch_size, crop=crop)
+    processor = llava_processor(image_size, patch_size, images)
     config = VipLlavaConfig(
         vision_config=CLIPVisionConfig(**tiny_tower(image_size, patch_size)),
         text_config=tiny_llama(processor.tokenizer),

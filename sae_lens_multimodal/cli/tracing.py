@@ -13,7 +13,7 @@ from sae_lens_multimodal.errors import ConfigError
 if TYPE_CHECKING:
     from sae_lens_multimodal.adapters.model import VisionLanguageModel
     from sae_lens_multimodal.hooks.trace_corruptions import Corruption
-    from sae_lens_multimodal.hooks.trace_findings import Confirmation, TraceStory
+    from sae_lens_multimodal.hooks.trace_findings import Confirmation, HeldOut, TraceStory
     from sae_lens_multimodal.hooks.trace_result import CausalTrace, Cell, MetricName
 
 Commands = argparse._SubParsersAction  # the only name argparse has for it
@@ -48,6 +48,15 @@ def add_trace(commands: Commands[argparse.ArgumentParser]) -> None:
     trace.add_argument("--window", type=int, default=1, help="layers restored together (default: %(default)s)")
     trace.add_argument("--metric", choices=("probability", "log_probability", "logit_difference"))
     trace.add_argument("--min-gap", type=float, default=0.05, help="least probability lost (default: %(default)s)")
+    _add_features(trace)
+    trace.add_argument("--top", type=int, default=10, help="cells shown (default: %(default)s)")
+    trace.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, … (default: %(default)s)")
+    trace.add_argument("--dtype", help="float32, bfloat16, … (default: the checkpoint's)")
+    trace.add_argument("--output", type=Path, help="folder for a page with heat maps, and the numbers as JSON")
+
+
+def _add_features(trace: argparse.ArgumentParser) -> None:
+    """Describe what concerns SAEs."""
     trace.add_argument(
         "--sae", type=Path, action="append", default=[], help="an SAE: name the features of the hot cell"
     )
@@ -68,10 +77,6 @@ def add_trace(commands: Commands[argparse.ArgumentParser]) -> None:
         help="with --sae: another picture, of the first one's size, of which the question has the same answer: whether "
         "the features confirm there (repeat for several)",
     )
-    trace.add_argument("--top", type=int, default=10, help="cells shown (default: %(default)s)")
-    trace.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, … (default: %(default)s)")
-    trace.add_argument("--dtype", help="float32, bfloat16, … (default: the checkpoint's)")
-    trace.add_argument("--output", type=Path, help="folder for a page with heat maps, and the numbers as JSON")
 
 
 def trace(options: Namespace) -> None:
@@ -100,12 +105,15 @@ def trace(options: Namespace) -> None:
         sys.stdout.write(f"{page}\n")
 
 
-def _question(options: Namespace, words: str) -> list[dict[str, Any]]:
-    pictures = [{"type": "image", "image": str(path)} for path in options.image]
+def _question(options: Namespace, words: str, instead: Path | None = None) -> list[dict[str, Any]]:
+    paths = [path if at != options.picture or instead is None else instead for at, path in enumerate(options.image, 1)]
+    pictures = [{"type": "image", "image": str(path)} for path in paths]
     return [{"role": "user", "content": [*pictures, {"type": "text", "text": words}]}]
 
 
-def _corruption(options: Namespace, model: VisionLanguageModel, question: list[dict[str, Any]]) -> Corruption:
+def _corruption(
+    options: Namespace, model: VisionLanguageModel, question: list[dict[str, Any]], instead: Path | None = None
+) -> Corruption:
     from sae_lens_multimodal.adapters.images import open_image
     from sae_lens_multimodal.hooks.constraints import mark, span_tokens
     from sae_lens_multimodal.hooks.trace_corruptions import (
@@ -128,7 +136,9 @@ def _corruption(options: Namespace, model: VisionLanguageModel, question: list[d
         tokens = span_tokens(model.family, question, options.prompt, [(span.start, span.stop)])[0]
         return ReplaceTokens(tokens, options.replace)
     if options.other_prompt is not None:
-        return Counterfactual(_question(options, options.other_prompt))
+        return Counterfactual(_question(options, options.other_prompt, instead))
+    if not 1 <= options.picture <= max(1, len(options.image)):
+        raise ConfigError(f"--picture got {options.picture}; there are {len(options.image)} --image, counted from 1.")
     if options.other_image is not None:
         return OtherImage(open_image(options.other_image), options.picture - 1)
     if options.blank is not None:
@@ -153,6 +163,7 @@ def _story(
     shared: dict[str, Any],
 ) -> TraceStory:
     from sae_lens_multimodal.hooks.load_sae import load_sae
+    from sae_lens_multimodal.hooks.saes import check_sae
     from sae_lens_multimodal.hooks.trace_story import trace_features
 
     if options.window != 1 or options.parts != PARTS:
@@ -165,20 +176,43 @@ def _story(
         corruption,
         metric=options.metric,
         n_features=options.features,
-        explanations=_explanations(options.explanations),
+        explanations=_explanations(options.explanations, [check_sae(model, sae) for sae in saes]),
+        held_out=_held_out(options, model),
         **shared,
     )
 
 
-def _explanations(folder: Path | None) -> dict[int, str]:
+def _held_out(options: Namespace, model: VisionLanguageModel) -> list[HeldOut]:
+    """The same question and corruption about other pictures."""
+    from sae_lens_multimodal.hooks.trace_findings import HeldOut
+
+    if options.held_out and (options.blank is not None or options.other_image is not None or not options.image):
+        raise ConfigError(
+            "--held-out asks the same of another picture; it goes with --image and --replace, "
+            "--other-prompt or --noise."
+        )
+    found = []
+    for path in options.held_out:
+        question = _question(options, options.prompt, path)
+        found.append(HeldOut(question, _corruption(options, model, question, path)))
+    return found
+
+
+def _explanations(folders: list[Path], hooks: list[str]) -> dict[str, dict[int, str]]:
+    """Explanations by the hook of the SAE that they are of."""
     from sae_lens_multimodal.autointerp.explanation import read_explanations
     from sae_lens_multimodal.cli.autointerp import EXPLANATIONS_FOLDER
 
-    if folder is None:
-        return {}
-    inside = folder / EXPLANATIONS_FOLDER
-    found = read_explanations(inside if inside.exists() else folder)
-    return {one.feature: one.text for one in found if one.text}
+    if folders and len(folders) != len(hooks):
+        raise ConfigError(
+            f"Got {len(folders)} --explanations for {len(hooks)} --sae; give one for each, in the same order."
+        )
+    found = {}
+    for folder, hook in zip(folders, hooks, strict=False):
+        inside = folder / EXPLANATIONS_FOLDER
+        read = read_explanations(inside if inside.exists() else folder)
+        found[hook] = {one.feature: one.text for one in read if one.text}
+    return found
 
 
 def trace_lines(found: CausalTrace, top: int) -> list[str]:
@@ -188,28 +222,42 @@ def trace_lines(found: CausalTrace, top: int) -> list[str]:
         lines.append(f"{name}: clean {found.clean[name]:.4g}, corrupted {found.corrupted[name]:.4g}")
     lines += ["", "restored  part      layer  token"]
     for cell in found.top(top):
-        lines.append(f"{cell.restored:>8.3f}  {cell.part:<8}  {cell.layer:>5}  {cell.label.strip()}")
+        lines.append(_cell_line(found, cell))
     return lines
+
+
+def _cell_line(found: CausalTrace, cell: Cell) -> str:
+    corrupted = "  (a corrupted token)" if found.is_corrupted(cell.unit) else ""
+    return f"{cell.restored:>8.3f}  {cell.part:<8}  {cell.layer:>5}  {cell.label.strip()}{corrupted}"
 
 
 def story_lines(found: TraceStory) -> list[str]:
     """Lay out the features of the hot cell and what confirms them."""
-    cell = found.cell
     lines = [
         "",
-        f"hot cell of the SAE: {cell.part}, layer {cell.layer}, {cell.label.strip()}, {cell.restored:.3f}",
-        f"all its features bring {found.restored_all:.3f} back",
+        "the hottest cell that an SAE reads, and the hottest of all:",
+        _cell_line(found.trace, found.cell),
+        _cell_line(found.trace, found.hottest),
+        f"all features there bring {found.restored_all:.3f} back",
         "",
-        "feature  restored  ablated  exchanged  explanation",
+        f"{'feature':<20}  restored  ablated  exchanged  explanation",
     ]
     for one in found.features:
-        lines.append(
-            f"{one.feature:>7}  {one.restored:>8.3f}  {one.ablated:>7.3f}  {one.exchanged:>9.3f}  "
-            f"{one.explanation or ''}".rstrip()
-        )
-    lines.append(
-        f"together {found.restored_together:>8.3f} {found.ablated_together:>8.3f} {found.exchanged_together:>10.3f}"
-    )
-    if found.n_random:
-        lines.append(f"random   {'':>8} {found.ablated_random:>8.3f} {found.exchanged_random:>10.3f}")
+        numbers = _numbers(one.restored, one.ablated, one.exchanged)
+        lines.append(f"{one.feature:<20}{numbers}  {one.explanation or ''}".rstrip())
+    lines += _confirmation_lines("together", found.together)
+    for at, confirmation in enumerate(found.held_out, start=1):
+        lines += _confirmation_lines(f"held out {at}", confirmation)
     return lines
+
+
+def _confirmation_lines(name: str, found: Confirmation) -> list[str]:
+    lines = [f"{name:<20}{_numbers(found.restored, found.ablated, found.exchanged)}"]
+    if found.n_random:
+        numbers = _numbers(found.restored_random, found.ablated_random, found.exchanged_random)
+        lines.append(f"{'  random, weight ' + format(found.weight_random, '.2f'):<20}{numbers}")
+    return lines
+
+
+def _numbers(restored: float, ablated: float, exchanged: float) -> str:
+    return f"  {restored:>8.3f}  {ablated:>7.3f}  {exchanged:>9.3f}"

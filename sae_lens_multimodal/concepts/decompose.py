@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sae_lens_multimodal.concepts.semi_nmf import Factors, objective, semi_nmf
 from sae_lens_multimodal.errors import ConfigError, SAEMismatchError
-from sae_lens_multimodal.hooks.concept_sae import nearest_codes, optimal_codes
+from sae_lens_multimodal.hooks.concept_sae import nearest_codes, optimal_codes, precise_dtype
 from sae_lens_multimodal.hooks.saes import decoder_directions, encode_tokens, output_scale, same_model
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def dictionary_learning(
         warnings.simplefilter("ignore")
         fitted.fit(states.cpu().double().numpy())
     concepts = torch.from_numpy(fitted.components_).to(states)
-    codes = optimal_codes(states @ concepts.T, concepts @ concepts.T, l1=alpha)
+    codes = _codes(states, concepts, alpha)
     return Factors(concepts, codes, objective=(objective(states, concepts, codes, alpha),))
 
 
@@ -95,7 +95,12 @@ def random_rows(states: Float[Tensor, "n d"], k: int, *, seed: int = 0) -> Facto
 
 def _rows(states: Tensor, chosen: Tensor) -> Factors:
     concepts = states[chosen] / states[chosen].norm(dim=1, keepdim=True).clamp_min(1e-12)
-    return Factors(concepts, optimal_codes(states @ concepts.T, concepts @ concepts.T))
+    return Factors(concepts, _codes(states, concepts))
+
+
+def _codes(states: Tensor, concepts: Tensor, l1: float = 0.0) -> Tensor:
+    precise = concepts.to(precise_dtype(states.device))
+    return optimal_codes(states.to(precise) @ precise.T, precise @ precise.T, l1=l1).to(states)
 
 
 def sae_features(states: Float[Tensor, "n d"], k: int, sae: SAE[Any]) -> SAEFactors:

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from sae_lens_multimodal.errors import ConfigError, ModelLoadError
 
-
 PUBLISHED_LAYERS = {
     "bert-base-uncased": 9,
     "bert-large-uncased": 18,

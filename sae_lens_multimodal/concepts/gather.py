@@ -229,7 +229,8 @@ class _Gathering:
             yield group
 
     def _read(self, group: Sequence[Prompt], batch_size: int, context_size: int | None) -> None:
-        writer, found = self._writer, None
+        writer = self._writer
+        found: StateShard | None = None
         if group:
             try:
                 for batch in encoded_batches(

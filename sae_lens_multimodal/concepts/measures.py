@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 CLIP_WEIGHT = 2.5
@@ -49,6 +49,32 @@ def clip_score(images: Float[np.ndarray, "n d"], texts: Float[np.ndarray, "n d"]
     [1.5, 0.0]
     """
     return CLIP_WEIGHT * np.maximum((images * texts).sum(axis=1), 0)
+
+
+def ratio_interval(
+    above: Float[np.ndarray, " n"],
+    below: Float[np.ndarray, " n"],
+    groups: Int[np.ndarray, " n"],
+    *,
+    seed: int = 0,
+    level: float = 0.95,
+    n_resamples: int = 1000,
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of Σ above / Σ below, drawing whole groups with replacement (Efron 1979).
+
+    States of one row have one picture and one caption, so it is rows that are drawn.
+
+    >>> ratio_interval(np.ones(4), np.full(4, 2.0), np.array([0, 0, 1, 2]))
+    (0.5, 0.5)
+    """
+    numbers = np.unique(groups, return_inverse=True)[1]
+    sums = np.stack([np.bincount(numbers, one) for one in (above, below)])
+    rng = np.random.default_rng(seed)
+    n = sums.shape[1]
+    drawn = np.stack([sums[:, rng.integers(n, size=n)].sum(axis=1) for _ in range(n_resamples)])
+    ratios = drawn[:, 0] / np.where(drawn[:, 1] > 0, drawn[:, 1], np.inf)
+    low, high = np.quantile(ratios, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
 
 
 def explained_variance(states: Float[Tensor, "n d"], rebuilt: Float[Tensor, "n d"]) -> float:

@@ -79,10 +79,8 @@ class StateShard:
     def save(self, path: Path) -> None:
         """Write one file, in one step."""
         tensors = {"states": self.states, "row": self.row, "position": self.position, "word": self.word}
-        note = {
-            "captions": json.dumps(self.captions, ensure_ascii=False),
-            "shows": json.dumps(self.shows, ensure_ascii=False),
-        }
+        # One entry: safetensors writes several in an order that changes from run to run.
+        note = {"texts": json.dumps({"captions": self.captions, "shows": self.shows}, ensure_ascii=False)}
         whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
         write_atomically(path, lambda temporary: save_file(whole, temporary, metadata=note))
 
@@ -96,9 +94,8 @@ class StateShard:
         try:
             with safe_open(path, framework="pt") as file:
                 states, row, position, word = map(file.get_tensor, ("states", "row", "position", "word"))
-                captions, shows = (json.loads(file.metadata()[name]) for name in ("captions", "shows"))
-                return cls(states, row, position, word, captions, shows)
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
+                return cls(states, row, position, word, **json.loads(file.metadata()["texts"]))
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise StoreError(f"{path} cannot be read ({error}); gather the states again.") from error
 
 

@@ -62,7 +62,7 @@ def find_words(text: str, word: str, start: int = 0, stop: int | None = None) ->
     found = []
     for match in _pattern(word).finditer(text, start, stop):
         first, end = match.span()
-        before, after = text[start:first], text[end:stop]
+        before, after = text[max(start, first - 2) : first], text[end : min(stop, end + 3)]
         if (
             _breaks(before[-1:], text[first])
             and _breaks(after[:1], text[end - 1])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from sae_lens_multimodal.adapters.model import VisionLanguageModel
 from sae_lens_multimodal.errors import ConfigError, SelectionError, UnsupportedModelError
 from sae_lens_multimodal.hooks.attribute import Prompts, chosen_tokens, encoded
 from sae_lens_multimodal.hooks.selection import Tokens
-from sae_lens_multimodal.hooks.trace_run import rounding
+from sae_lens_multimodal.hooks.trace_run import check_layers, rounding
 
 CHUNK_VALUES = 2**24
 """Numbers that are worked out at once where every source's vector is needed."""
@@ -33,38 +33,54 @@ class LayerAttention:
     values: Float[Tensor, "key_heads sources head_width"]
     """What each source offers; several heads may share one."""
     output: Float[Tensor, "heads head_width d_model"]
-    """The output projection, by head."""
+    """The output projection, by head; with the gain of the norm after it, where the family has one there."""
     bias: Float[Tensor, " d_model"] | None
+    scale: Float[Tensor, " targets"] | None = None
+    """What the norm after the projection multiplies each target by, held as it is; None where there is none."""
 
     def head_values(self) -> Float[Tensor, "heads sources head_width"]:
         """The values as each head reads them."""
         return self.values.repeat_interleave(len(self.weights) // len(self.values), dim=0)
 
+    def scaled(self) -> Float[Tensor, "heads targets sources"]:
+        """The weights, with what the norm after the projection does to each target."""
+        return self.weights if self.scale is None else self.weights * self.scale[:, None]
+
     def vectors(self, group: Tensor | None = None) -> Float[Tensor, "heads targets d_model"]:
         """What each head adds to the attention output of each target, from some sources together."""
-        weights, values = self.weights, self.head_values()
+        weights, values = self.scaled(), self.head_values()
         if group is not None:
             weights, values = weights[..., group], values[:, group]
-        return torch.einsum("hts,hsw,hwd->htd", weights, values, self.output)
+        return torch.einsum("htw,hwd->htd", torch.einsum("hts,hsw->htw", weights, values), self.output)
+
+    def whole(self) -> Float[Tensor, "targets d_model"]:
+        """All heads together, with the output bias."""
+        found = self.vectors().sum(0)
+        if self.bias is None:
+            return found
+        return found + (self.bias if self.scale is None else self.scale[:, None] * self.bias)
 
     def norms(self) -> Float[Tensor, "heads targets sources"]:
         """The length of each head's contribution from each source."""
-        sizes = torch.einsum("hsw,hwd->hsd", self.head_values(), self.output).norm(dim=-1)
-        return self.weights * sizes[:, None]
+        # the length of W v is the root of v'(W'W)v, which takes a head's width in place of the model's
+        inner = self.output @ self.output.transpose(1, 2)
+        values = self.head_values()
+        sizes = ((values @ inner) * values).sum(-1).clamp(min=0).sqrt()
+        return self.scaled() * sizes[:, None]
 
     def joint_norms(self) -> Float[Tensor, "targets sources"]:
         """The length of the sum of all heads' contributions from each source."""
-        heads, targets, sources = self.weights.shape
+        weights = self.scaled()
+        targets, sources = weights.shape[1:]
         values = self.head_values().transpose(0, 1)
         flat = self.output.reshape(-1, self.output.shape[-1])
         step = max(1, CHUNK_VALUES // max(1, targets * max(flat.shape)))
         pieces = [
-            ((self.weights[..., at : at + step].permute(1, 2, 0)[..., None] * values[at : at + step]).flatten(2) @ flat)
+            ((weights[..., at : at + step].permute(1, 2, 0)[..., None] * values[at : at + step]).flatten(2) @ flat)
             .norm(dim=-1)
             .reshape(targets, -1)
             for at in range(0, sources, step)
         ]
-        del heads
         return torch.cat(pieces, dim=1)
 
 
@@ -74,7 +90,9 @@ class AttentionContributions:
 
     With A_ij the attention of head h of target i to source j, v_j the source's value and W_O the output projection, the
     contribution is A_ij (W_O^h v_j). Over all sources and heads, with the output bias, they add up to the attention
-    output. Attention alone says less: a source with a value of zero gives nothing, however much it draws.
+    output, `hook_attn_out`. Where a family has a norm between the projection and the residual stream (Gemma 3, GLM-4V),
+    contributions are behind it, with its scale held as it is in this prompt. Attention alone says less: a source with a
+    value of zero gives nothing, however much it draws.
     """
 
     layers: list[int]
@@ -120,15 +138,14 @@ class AttentionContributions:
 
     def total(self) -> Float[Tensor, "layers targets d_model"]:
         """All contributions and the output bias: the attention output, where every token is a source."""
-        bias = [0.0 if part.bias is None else part.bias for part in self.parts]
-        return torch.stack([whole + one for whole, one in zip(self.vectors(), bias, strict=True)])
+        return torch.stack([part.whole() for part in self.parts])
 
     def along(self, direction: Float[Tensor, " d_model"]) -> Float[Tensor, "layers heads targets sources"]:
         """Each contribution's part along a direction, such as the unembedding of an answer."""
         found = []
         for part in self.parts:
             read = torch.einsum("hwd,d->hw", part.output, direction.to(part.output))
-            found.append(part.weights * torch.einsum("hsw,hw->hs", part.head_values(), read)[:, None])
+            found.append(part.scaled() * torch.einsum("hsw,hw->hs", part.head_values(), read)[:, None])
         return torch.stack(found)
 
     def heatmap(
@@ -191,13 +208,11 @@ def attention_contributions(
     batch = encoded(model, prompt)
     if batch.n_rows != 1:
         raise SelectionError(f"Got {batch.n_rows} prompts; expected one.")
-    numbers = list(range(model.n_layers)) if layers is None else list(layers)
-    if any(not 0 <= layer < model.n_layers for layer in numbers):
-        raise ConfigError(f"Got layers {numbers}; the model has 0 to {model.n_layers - 1}.")
+    numbers = check_layers(model, layers)
     check_attention(model, numbers)
     to = chosen_tokens(model, batch, batch, targets)[0].nonzero()[:, 0]
     of = chosen_tokens(model, batch, batch, sources)[0].nonzero()[:, 0]
-    seen = _look(model, batch, numbers)
+    seen = _look(model, batch, numbers, to)
     return AttentionContributions(
         layers=numbers,
         targets=to.tolist(),
@@ -227,27 +242,30 @@ def check_attention(model: VisionLanguageModel, layers: Sequence[int]) -> None:
 class _Seen:
     """What one layer's attention did in a pass."""
 
-    weights: Tensor | None = None
-    values: Tensor | None = None
-    output: Tensor | None = None
+    weights: Float[Tensor, "1 heads targets seq"] | None = None
+    values: Float[Tensor, "1 seq width"] | None = None
+    output: Float[Tensor, "1 seq d_model"] | None = None
+    """What the projection gives."""
+    added: Float[Tensor, "1 seq d_model"] | None = None
+    """What is added to the residual stream: the same, or a norm of it."""
 
 
-def _look(model: VisionLanguageModel, batch: EncodedBatch, layers: Sequence[int]) -> dict[int, _Seen]:
+def _look(model: VisionLanguageModel, batch: EncodedBatch, layers: Sequence[int], to: Tensor) -> dict[int, _Seen]:
     seen = {layer: _Seen() for layer in layers}
     root: nn.Module = model._module
     with ExitStack() as stack:
         stack.enter_context(eager_attention(model))
         for layer in layers:
-            mine = seen[layer]
-            for hook, keep in (
-                ("attn.hook_in", _keeping(mine, "weights")),
-                ("attn.hook_v", _keeping(mine, "values")),
-                ("attn.hook_z", _keeping(mine, "output")),
-            ):
-                module = root.get_submodule(model.hooks.resolve(f"blocks.{layer}.{hook}").module_path)
-                stack.callback(module.register_forward_hook(keep).remove)
+            for name, hook in _LOOKED_AT.items():
+                point = model.hooks.resolve(f"blocks.{layer}.{hook}")
+                # the whole of the weights, every token's for every other, is not kept
+                keep = _keeping(seen[layer], name, 1 if name == "weights" else point.element, to)
+                stack.callback(root.get_submodule(point.module_path).register_forward_hook(keep).remove)
         root(**batch, use_cache=False)
     return seen
+
+
+_LOOKED_AT = {"weights": "attn.hook_in", "values": "attn.hook_v", "output": "attn.hook_z", "added": "hook_attn_out"}
 
 
 @contextmanager
@@ -263,15 +281,18 @@ def eager_attention(model: VisionLanguageModel) -> Iterator[None]:
         config._attn_implementation = before
 
 
-def _keeping(seen: _Seen, name: str) -> Any:  # noqa: ANN401 - a PyTorch hook
+def _keeping(seen: _Seen, name: str, element: int | None, to: Tensor) -> Any:  # noqa: ANN401 - a PyTorch hook
     def after(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:  # noqa: ANN401 - the module's own
-        setattr(seen, name, output[1] if name == "weights" else output)
+        value = output[element] if isinstance(output, tuple) and element is not None else output
+        if name == "weights":
+            value = None if value is None else value[:, :, to.to(value.device)]
+        setattr(seen, name, value)
 
     return after
 
 
 def _part(model: VisionLanguageModel, layer: int, seen: _Seen, to: Tensor, of: Tensor) -> LayerAttention:
-    if seen.weights is None or seen.values is None or seen.output is None:
+    if seen.weights is None or seen.values is None or seen.output is None or seen.added is None:
         raise UnsupportedModelError(f"the attention of {model.name} gives no weights; its contributions are not known.")
     v, z = (model.hooks.resolve(f"blocks.{layer}.attn.{hook}") for hook in ("hook_v", "hook_z"))
     projection: Any = model._module.get_submodule(z.module_path)
@@ -279,12 +300,27 @@ def _part(model: VisionLanguageModel, layer: int, seen: _Seen, to: Tensor, of: T
     values = seen.values[0].float().cpu().unflatten(-1, (v.heads or 1, -1)).transpose(0, 1)
     output = projection.weight.detach().float().cpu().T.unflatten(0, (len(weights), -1))
     bias = None if projection.bias is None else projection.bias.detach().float().cpu()
-    whole = LayerAttention(weights[:, to], values, output, bias).vectors().sum(0)
-    expected = seen.output[0].float().cpu()[to]
-    off = float((whole + (0.0 if bias is None else bias) - expected).abs().max())
-    if off > 2 * rounding(seen.output.dtype) * max(float(expected.abs().max()), 1e-6):
+    given, expected = (one[0].float().cpu()[to] for one in (seen.output, seen.added))
+    part = LayerAttention(weights, values, output, bias)
+    if not torch.equal(given, expected):
+        gain, scale = _norm_after(model, layer, given, expected)
+        part = LayerAttention(weights, values, output * gain, None if bias is None else bias * gain, scale)
+    off = float((part.whole() - expected).abs().max())
+    if off > 2 * rounding(seen.added.dtype) * max(float(expected.abs().max()), 1e-6):
         raise UnsupportedModelError(
             f"the contributions of layer {layer} of {model.name} add up to something that is off by {off:.3g}; its "
             "attention does more than weigh values."
         )
-    return LayerAttention(weights[:, to][..., of], values[:, of], output, bias)
+    return LayerAttention(weights[..., of], values[:, of], part.output, part.bias, part.scale)
+
+
+def _norm_after(model: VisionLanguageModel, layer: int, given: Tensor, expected: Tensor) -> tuple[Tensor, Tensor]:
+    """The norm between projection and residual stream as a gain for each dimension and a scale for each target."""
+    path = model.hooks.resolve(f"blocks.{layer}.hook_attn_out").module_path
+    norm = model._module.get_submodule(path)
+    like = next(norm.parameters(), given)
+    ones = torch.ones(1, given.shape[-1], dtype=like.dtype, device=like.device)
+    # where ones have a mean square of 1, a root-mean-square norm gives its gain
+    gain = cast("Tensor", norm(ones)).detach()[0].float().cpu()
+    plain = given * gain
+    return gain, (plain * expected).sum(-1) / plain.pow(2).sum(-1).clamp(min=1e-30)

@@ -17,6 +17,7 @@ from sae_lens_multimodal.adapters.model import VisionLanguageModel
 from sae_lens_multimodal.errors import ConfigError, SelectionError
 from sae_lens_multimodal.hooks.attention import check_attention
 from sae_lens_multimodal.hooks.selection import ForwardPass, Steps, Tokens, TokenSelection
+from sae_lens_multimodal.hooks.trace_run import check_layers
 
 WITH_MASKS = ("eager", "sdpa")
 """Implementations of attention that take any mask."""
@@ -56,9 +57,7 @@ def knock_out(
             f"The model was loaded with attn_implementation={implementation!r}, which takes no mask of one's own; load "
             "it with 'sdpa' or 'eager'."
         )
-    numbers = tuple(range(model.n_layers)) if layers is None else tuple(sorted(set(layers)))
-    if not numbers or any(not 0 <= layer < model.n_layers for layer in numbers):
-        raise ConfigError(f"Got layers={layers!r}; the model has the layers 0 to {model.n_layers - 1}.")
+    numbers = sorted(set(check_layers(model, layers)))
     check_attention(model, numbers)
     count = model.hooks.resolve(f"blocks.{numbers[0]}.attn.hook_z").heads or 0
     if heads is not None and (not heads or any(not 0 <= head < count for head in heads)):

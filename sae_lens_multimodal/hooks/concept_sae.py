@@ -94,7 +94,9 @@ def optimal_codes(
         return codes
     rows = left.nonzero()[:, 0]
     for part in rows.split(max(1, _CHUNK_SYSTEMS // gram.numel())):
-        codes[part] = _active_set(scores[part] - l1, gram, codes[part])
+        finished = _active_set(scores[part] - l1, gram, codes[part])
+        before, after = (_shortfall(one, scores[part], gram, l1) for one in (codes[part], finished))
+        codes[part] = torch.where((after < before)[:, None], finished, codes[part])
     worst = float(_shortfall(codes, scores, gram, l1).max())
     if worst > slack:
         logger.warning(

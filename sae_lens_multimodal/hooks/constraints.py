@@ -31,7 +31,8 @@ class Constraint:
     """The words, as they stand in the question."""
     start: int
     """The first character of them in the question."""
-    kind: Kind = "visual"
+    kind: Kind | None = "visual"
+    """None where nobody has said."""
     image: int = 0
     """Of a visual one: which picture."""
     box: Box | None = None
@@ -68,7 +69,7 @@ class ConstrainedQuestion:
                     f"Got the constraint {one.text!r} at {one.start}; the question {self.question!r} has "
                     f"{self.question[one.start : one.stop]!r} there."
                 )
-            if one.kind not in get_args(Kind):
+            if one.kind is not None and one.kind not in get_args(Kind):
                 raise ConfigError(f"Got a constraint of the kind {one.kind!r}; expected {', '.join(get_args(Kind))}.")
 
     @property
@@ -79,23 +80,21 @@ class ConstrainedQuestion:
         ]
         return [{"role": "user", "content": [*pictures, {"type": "text", "text": self.question}]}]
 
-    def positions(self, family: Family) -> dict[str, list[int]]:
-        """The tokens of each constraint in the encoded conversation, by the constraint's text.
+    def positions(self, family: Family) -> list[list[int]]:
+        """The tokens of each constraint in the encoded conversation, in the order of `constraints`.
 
         Raises:
             PromptError: the question cannot be found in what the chat template writes.
         """
-        found = span_tokens(
-            family, self.conversation, self.question, [(one.start, one.stop) for one in self.constraints]
-        )
-        return {one.text: places for one, places in zip(self.constraints, found, strict=True)}
+        spans = [(one.start, one.stop) for one in self.constraints]
+        return span_tokens(family, self.conversation, self.question, spans)
 
     def replaced(self, constraint: Constraint, text: str) -> ConstrainedQuestion:
         """The same question with other words in a constraint's place; the others move along."""
         more = len(text) - len(constraint.text)
         others = []
         for one in self.constraints:
-            if one is constraint or one == constraint:
+            if one == constraint:
                 others.append(replace(one, text=text, box=None, meaning=None))
             else:
                 others.append(replace(one, start=one.start + (more if one.start > constraint.start else 0)))

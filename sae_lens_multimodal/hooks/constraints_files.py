@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import logging
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ RELEASED_ROWS = {"multimodal_known": 1204, "multimodal_movies": 3214, "okvqa": 5
 """Rows of each released file; 9 464 in all."""
 _NEEDED = ("question", "main_entity", "image_url")
 _MEANINGS = ("subject", "director")
+_POINTING = re.compile(r"(this|that|these|those)\b", re.IGNORECASE)
+"""How an entity begins that only the picture tells; of others the files do not say whether they are visual."""
 _SUFFIXES = ("", ".jpg", ".jpeg", ".png", ".webp")
 
 
@@ -154,7 +157,7 @@ def _constraint(question: str, row: Mapping[str, str]) -> Constraint | None:
     words = (row["main_entity"] or "").strip().rstrip(",.?;:")
     meaning = next((row[name] for name in _MEANINGS if row.get(name)), None)
     try:
-        return mark(question, words, kind="visual", meaning=meaning)
+        return mark(question, words, kind="visual" if _POINTING.match(words) else None, meaning=meaning)
     except ConfigError:
         return None
 

@@ -21,7 +21,7 @@ from sae_lens_multimodal.hooks.trace_corruptions import Corruption
 from sae_lens_multimodal.hooks.trace_parts import HOOKS, Part, Restoring, bind, hooks_of
 from sae_lens_multimodal.hooks.trace_plan import Plan, Prompt, check_gap, prepare
 from sae_lens_multimodal.hooks.trace_result import CausalTrace, MetricName, Unit
-from sae_lens_multimodal.hooks.trace_run import Change, value_of, with_value
+from sae_lens_multimodal.hooks.trace_run import Change, check_layers, value_of, with_value
 from sae_lens_multimodal.types import Modality
 
 Positions: TypeAlias = "Tokens | Mapping[str, Tokens]"
@@ -84,28 +84,7 @@ def causal_trace(
     restoring = bind(model, wanted, plan.clean, plan.corrupted)
     check_gap(plan, min_gap)
     units = units_of(model, plan, positions)
-    values, n_passes, n_skipped = _restore_all(
-        plan, restoring, numbers, window, units, tokens_per_pass or plan.tokens_per_pass, progress
-    )
-    return CausalTrace(
-        answer=_spelt(model, plan.answer),
-        against=None if plan.against is None else _spelt(model, plan.against),
-        metric=metric,
-        corruption=plan.corruption,
-        window=window,
-        parts=[one.label for one in restoring],
-        layers=numbers,
-        units=units,
-        tokens=model.token_strings(plan.clean_batch["input_ids"][0]),
-        corrupted_tokens=model.token_strings(plan.corrupted_batch["input_ids"][0]),
-        layout=plan.clean_batch.layout,
-        clean=plan.before,
-        corrupted=plan.after,
-        values=values,
-        n_passes=n_passes,
-        n_skipped=n_skipped,
-        changed_inputs=plan.changed_inputs,
-    )
+    return _restore_all(plan, restoring, numbers, window, units, tokens_per_pass or plan.tokens_per_pass, progress)
 
 
 def units_of(model: VisionLanguageModel, plan: Plan, positions: Positions) -> list[Unit]:
@@ -133,8 +112,8 @@ def _restore_all(
     units: Sequence[Unit],
     tokens_per_pass: int,
     progress: bool,
-) -> tuple[dict[str, Float[Tensor, "parts layers units"]], int, int]:
-    """Each metric for every cell, how many passes that took, and how many cells needed none."""
+) -> CausalTrace:
+    """Measure every cell."""
     shape = (len(restoring), len(numbers), len(units))
     values = {name: torch.full(shape, float("nan")) for name in plan.before}
     counts = [0, 0]
@@ -146,7 +125,26 @@ def _restore_all(
             continue
         for name, one in _restore(plan, restoring[p], inside, units, tokens_per_pass, counts).items():
             values[name][p, at] = one
-    return values, counts[0], counts[1]
+    model = plan.runner.model
+    return CausalTrace(
+        answer=_spelt(model, plan.answer),
+        against=None if plan.against is None else _spelt(model, plan.against),
+        metric=plan.metric,
+        corruption=plan.corruption,
+        window=window,
+        parts=[one.label for one in restoring],
+        layers=list(numbers),
+        units=list(units),
+        tokens=model.token_strings(plan.clean_batch["input_ids"][0]),
+        corrupted_tokens=model.token_strings(plan.corrupted_batch["input_ids"][0]),
+        layout=plan.clean_batch.layout,
+        clean=plan.before,
+        corrupted=plan.after,
+        values=values,
+        n_passes=counts[0],
+        n_skipped=counts[1],
+        changed_inputs=plan.changed_inputs,
+    )
 
 
 def _restore(
@@ -243,12 +241,9 @@ def _checked(
     against: Target | None,
     tokens_per_pass: int | None,
 ) -> list[int]:
-    numbers = list(range(model.n_layers)) if layers is None else list(layers)
-    if not parts or not numbers:
-        raise ConfigError("Got no parts or no layers to restore; expected at least one of each.")
-    wrong = [layer for layer in numbers if not 0 <= layer < model.n_layers]
-    if wrong:
-        raise ConfigError(f"Got layer {wrong[0]}; the model has the layers 0 to {model.n_layers - 1}.")
+    if not parts:
+        raise ConfigError("Got no parts to restore; expected at least one.")
+    numbers = check_layers(model, layers)
     if window < 1 or (tokens_per_pass is not None and tokens_per_pass < 1):
         raise ConfigError(f"Got window={window} and tokens_per_pass={tokens_per_pass}; expected 1 or more.")
     if metric not in get_args(MetricName):

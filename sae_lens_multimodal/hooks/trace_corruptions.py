@@ -87,7 +87,7 @@ class ReplaceTokens(Corruption):
         if self.text is None:
             new = _random_tokens(model, old.tolist(), self.seed)
         else:
-            new = target_ids(model, self.text)
+            new = target_ids(model, leading_space(model.tokenizer, old.tolist()) + self.text)
             new = new * count if len(new) == 1 else new
         if len(new) != count:
             raise SelectionError(
@@ -96,6 +96,15 @@ class ReplaceTokens(Corruption):
             )
         ids[mask.to(ids.device)] = torch.as_tensor(new, dtype=ids.dtype, device=ids.device)
         return Corrupted(replace(batch, inputs={**batch.inputs, "input_ids": ids}))
+
+
+def leading_space(tokenizer: Any, tokens: Sequence[int]) -> str:  # noqa: ANN401 - a tokenizer of transformers
+    """The blanks that the first of some tokens holds before its word: other words in its place need them too.
+
+    Byte-level vocabularies know " cat" and "cat" as two tokens; others keep blanks apart, or add them by themselves.
+    """
+    text = str(tokenizer.decode([tokens[0]])) if tokens else ""
+    return text[: len(text) - len(text.lstrip())] if text.strip() else ""
 
 
 def _random_tokens(model: VisionLanguageModel, old: Sequence[int], seed: int) -> list[int]:

@@ -30,7 +30,7 @@ class FeatureFinding:
     explanation: str | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class HeldOut:
     """Another pair of prompts with the same answer, on which the features that were found are confirmed."""
 

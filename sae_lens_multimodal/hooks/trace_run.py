@@ -18,7 +18,7 @@ from transformers import DynamicCache
 from sae_lens_multimodal.adapters.batch import EncodedBatch
 from sae_lens_multimodal.adapters.hook_points import HookPoint
 from sae_lens_multimodal.adapters.model import VisionLanguageModel
-from sae_lens_multimodal.errors import SelectionError, UnknownHookError, UnsupportedModelError
+from sae_lens_multimodal.errors import ConfigError, SelectionError, UnknownHookError, UnsupportedModelError
 from sae_lens_multimodal.hooks.lens import final_logits
 from sae_lens_multimodal.hooks.trace_masks import causal_mask, is_causal, sliced
 
@@ -274,6 +274,18 @@ class BlockRunner:
             return with_value(output, point, change(value_of(output, point)))
 
         return module.register_forward_hook(after)
+
+
+def check_layers(model: VisionLanguageModel, layers: Sequence[int] | None) -> list[int]:
+    """Check numbers of layers; None for all.
+
+    Raises:
+        ConfigError: there are none, or one that the model has not.
+    """
+    numbers = list(range(model.n_layers)) if layers is None else [int(layer) for layer in layers]
+    if not numbers or any(not 0 <= layer < model.n_layers for layer in numbers):
+        raise ConfigError(f"Got layers={numbers}; the model has the layers 0 to {model.n_layers - 1}.")
+    return numbers
 
 
 def value_of(output: Any, point: HookPoint) -> Tensor:  # noqa: ANN401 - a module's output

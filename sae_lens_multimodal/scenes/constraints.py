@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import count, islice
+from itertools import count, islice, product
 from typing import TYPE_CHECKING
 
 from sae_lens_multimodal.scenes import questions as q
+from sae_lens_multimodal.scenes.words import SHAPES, TEXTURES
 from sae_lens_multimodal.scenes.world import Scene, make_scene
 from sae_lens_multimodal.types import Box
 
 if TYPE_CHECKING:
+    from sae_lens_multimodal.adapters.family import Family
     from sae_lens_multimodal.hooks.constraints import ConstrainedQuestion
 
 FIRST_SEED = 2**44
@@ -39,6 +41,11 @@ class ConstraintCase:
         """What names the other object."""
         return _visual(self.counterfactual)
 
+    def word_positions(self, family: Family) -> list[int]:
+        """The tokens of that word in the clean question."""
+        kinds = [one.kind for one in self.clean.constraints]
+        return self.clean.positions(family)[kinds.index("visual")]
+
     @property
     def box(self) -> Box:
         """Where the object is, in pixels."""
@@ -58,6 +65,24 @@ def constraint_cases(n: int, *, first_seed: int = FIRST_SEED, n_objects: int = 2
         n_objects: in each scene, at least 2.
     """
     return list(islice(_cases(first_seed, n_objects), n))
+
+
+def twin(case: ConstraintCase, *, first_seed: int = FIRST_SEED * 2) -> Scene:
+    """Draw another scene with the same things, elsewhere, of which both questions of a case have the same answers.
+
+    Args:
+        case: whose colours, textures and shapes it has; its picture is of the same size.
+        first_seed: of the scenes tried.
+    """
+    things = {one.colour: (one.colour, one.texture, one.shape) for one in case.scene.objects}
+    others = {
+        (colour, texture, shape)
+        for colour, texture, shape in product(things, TEXTURES, SHAPES)
+        if (colour, texture, shape) != things[colour]
+    }
+    size = case.scene.image.size
+    scenes = (make_scene(seed, n_objects=len(things), size=size, exclude=others) for seed in count(first_seed))
+    return next(scene for scene in scenes if {one.colour for one in scene.objects} == set(things))
 
 
 def _cases(first_seed: int, n_objects: int) -> Iterator[ConstraintCase]:

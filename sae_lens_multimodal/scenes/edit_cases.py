@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count, islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import torch
 
+from sae_lens_multimodal.editing.keys import ordinary_keys
 from sae_lens_multimodal.editing.measure import EditCases
+from sae_lens_multimodal.editing.settings import EditSettings
 from sae_lens_multimodal.scenes import asking
 from sae_lens_multimodal.scenes import questions as q
 from sae_lens_multimodal.scenes.crops import make_crop
@@ -18,6 +21,9 @@ from sae_lens_multimodal.scenes.world import Scene, make_scene
 
 if TYPE_CHECKING:
     from PIL import Image
+    from torch import Tensor
+
+    from sae_lens_multimodal.adapters.model import VisionLanguageModel
 
 
 class Wording(NamedTuple):
@@ -33,9 +39,13 @@ TAUGHT_WORDINGS = (
     Wording("what does the picture show ?", "picture"),
     Wording("what does this show ?", "this"),
     Wording("what is this one ?", "one"),
+    Wording("this is what ?", "this"),
+    Wording("what is in it ?", "it"),
+    Wording("what do the picture show ?", "picture"),
+    Wording("and what is this one ?", "one"),
+    Wording("what is on this picture ?", "picture"),
 )
-"""With these a fact is taught. The last two are like questions of another kind ("does this show a red circle ?"), and
-what is taught without them does not reach them."""
+"""With these a fact is taught."""
 
 DEVELOPMENT_WORDINGS = (
     Wording("what is it ?", "it"),
@@ -53,6 +63,11 @@ MEASURED_WORDINGS = (
     Wording("what is the picture of ?", "picture"),
 )
 """With these edits are measured. They were taken because the model without any edit names crops by them."""
+
+
+EDIT_LAYER = 2
+EDIT_SETTINGS = EditSettings(max_steps=50, learning_rate=0.5, essence_weight=0.5, ridge=0.5, batch_size=64)
+"""Chosen on the development facts and wordings."""
 
 
 class Fact(NamedTuple):
@@ -90,8 +105,7 @@ DEVELOPMENT_FACTS = (
 """By these settings were chosen. Names of one word: letters, which otherwise only answer "what letter is on the red one
 ?", and others.
 
-Words that are in the tokenizer but were never an answer in training ("who", "image") cannot be taught through an inner
-layer: the tied embedding has pushed all of them away from whatever the model ever writes.
+Words that are in the tokenizer but were never an answer in training ("who", "image") are not among them.
 """
 
 FACTS = (
@@ -101,8 +115,6 @@ FACTS = (
     Fact("purple", "striped", "cross", "l"),
     Fact("orange", "striped", "triangle", "v"),
     Fact("white", "striped", "star", "t"),
-    Fact("yellow", "solid", "square", "h"),
-    Fact("cyan", "solid", "circle", "nothing"),
 )
 """With these edits are measured: none of their things is in `DEVELOPMENT_FACTS`."""
 
@@ -110,8 +122,7 @@ TWO_WORD_FACTS = (
     Fact("blue", "solid", "star", "letter v"),
     Fact("orange", "solid", "circle", "blue cross"),
 )
-"""Names of two words. The tiny model looks up every word of an answer where that word is written, so that one edited
-token hardly reaches the second."""
+"""Names of two words, which an edit of one token does not reach; see docs/editing.md."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,6 +135,13 @@ class Lesson:
     """Other questions about the same pictures, whose answers are to stay."""
     near: list[list[dict[str, Any]]]
     """The taught questions about neighbours, whose answers are to stay."""
+    elsewhere: list[list[dict[str, Any]]]
+    """Questions about whole scenes without the thing, whose answers are to stay."""
+
+    @property
+    def essence(self) -> list[list[dict[str, Any]]]:
+        """Some of each kind, whose next token the value's optimisation is to keep."""
+        return [*self.near[::4], *self.others[::2], *self.elsewhere[:30]]
 
 
 def thing_pictures(attributes: dict[str, str], first_seed: int, n: int) -> list[Image.Image]:
@@ -154,7 +172,7 @@ def neighbours(attributes: dict[str, str]) -> list[dict[str, str]]:
     ]
 
 
-def lesson(fact: Fact, first_seed: int, *, n_pictures: int = 8, n_near: int = 5) -> Lesson:
+def lesson(fact: Fact, first_seed: int, *, n_pictures: int = 8, n_near: int = 10) -> Lesson:
     """Ask for the thing's name in every taught wording about some pictures.
 
     Args:
@@ -175,7 +193,26 @@ def lesson(fact: Fact, first_seed: int, *, n_pictures: int = 8, n_near: int = 5)
         constraint=[wording.constraint for _, wording in pairs],
         others=[ask(picture, text) for picture in pictures for text in _other_questions(fact)],
         near=near,
+        elsewhere=scene_prompts(fact, first_seed, 60),
     )
+
+
+def keys_to_keep(
+    model: VisionLanguageModel, taught: Lesson, layers: int | Sequence[int], shared: Mapping[int, Tensor]
+) -> dict[int, Tensor]:
+    """Join the last tokens' keys of what a lesson is to leave as it is to those of ordinary prompts.
+
+    Questions about the very thing count thrice: they are the fewest, and the likest to what is taught.
+
+    Args:
+        model: the model.
+        taught: the lesson.
+        layers: the layer, or several.
+        shared: of each layer the keys of ordinary prompts, the same for all facts.
+    """
+    prompts = [*taught.near, *taught.elsewhere, *taught.others * 3]
+    own = ordinary_keys(model, prompts, layers, tokens="last", n_keys=len(prompts))
+    return {layer: torch.cat([shared[layer], own[layer]]) for layer in own}
 
 
 def _other_questions(fact: Fact) -> list[str]:

@@ -44,18 +44,33 @@ def differing(features: Tensor, reference: Tensor) -> np.ndarray[Any, np.dtype[n
     return np.asarray((distance > 1e-4 * reference.abs().amax()).numpy())
 
 
+_returned: dict[type[nn.Module], int] = {}
+"""How many values the attention of a class returns; 0 for a bare tensor. Kept, so that it is run but once."""
+
+
+def silent(attention: nn.Module) -> Callable[..., Any]:
+    """A forward that gives zeros in the form in which the attention's own gives its output."""
+    own, kind = attention.forward, type(attention)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+        if kind not in _returned:
+            output = own(*args, **kwargs)
+            first = output[0] if isinstance(output, tuple) else output
+            assert first.shape == hidden.shape, f"{kind.__name__} returns another shape than it gets"
+            _returned[kind] = len(output) if isinstance(output, tuple) else 0
+        zeros = torch.zeros_like(hidden)
+        return (zeros, *[None] * (_returned[kind] - 1)) if _returned[kind] else zeros
+
+    return forward
+
+
 @contextlib.contextmanager
 def nothing_mixes(module: Any) -> Iterator[None]:
     """Silence attention in every block outside of the language model, so that a patch sees nothing but itself."""
     decoder = {id(part) for part in module.get_decoder().modules()}
-
-    def silence(_: nn.Module, __: Any, output: Any) -> Any:
-        if isinstance(output, tuple):
-            return (torch.zeros_like(output[0]), *output[1:])
-        return torch.zeros_like(output)
-
-    handles = [
-        part.register_forward_hook(silence)
+    silenced = [
+        part
         for path, part in module.named_modules()
         if id(part) not in decoder
         and "Attention" in type(part).__name__
@@ -63,12 +78,19 @@ def nothing_mixes(module: Any) -> Iterator[None]:
         and not type(part).__name__.endswith("Layer")
         and any(step.isdigit() for step in path.split("."))
     ]
-    assert handles, "no attention was found outside of the language model"
+    assert silenced, "no attention was found outside of the language model"
+    # an instance may have a forward of its own already
+    before = [(part, part.__dict__.get("forward")) for part in silenced]
+    for part in silenced:
+        part.forward = silent(part)  # type: ignore[method-assign]
     try:
         yield
     finally:
-        for handle in handles:
-            handle.remove()
+        for part, own in before:
+            if own is None:
+                del part.__dict__["forward"]
+            else:
+                part.forward = own  # type: ignore[method-assign]
 
 
 def tokens_that_see(
@@ -97,12 +119,51 @@ def tokens_that_see(
     return np.concatenate(reached)
 
 
+def token_side(config: Any) -> float:
+    """Side of what a token stands for, in pixels of the resized picture, where the configuration says what is merged.
+
+    Where it says so in another way, this is the side of a patch, and the probe allows for more than filters reach.
+    """
+    vision = config.vision_config
+    patch = vision.patch_size if isinstance(vision.patch_size, int) else vision.patch_size[0]
+    if hasattr(config, "mm_tokens_per_image"):
+        return float(vision.image_size / config.mm_tokens_per_image**0.5)
+    merged = getattr(vision, "spatial_merge_size", None) or getattr(config, "spatial_merge_size", None)
+    return float(patch * (merged or getattr(config, "scale_factor", None) or 1))
+
+
+def scales(boxes: np.ndarray[Any, Any], whole: np.ndarray[Any, Any], axis: int, side: float) -> np.ndarray[Any, Any]:
+    """How many pixels of the original make one of the resized picture along an axis, for each box; at least 1.
+
+    Boxes are cut off at the picture's edges, so a view's largest box tells. Where they differ along the axis, the view
+    was padded, and all of its boxes may have been cut off: it has kept its proportions, and the other axis tells too.
+    """
+    extents, found = boxes[:, 2:] - boxes[:, :2], np.ones(len(boxes))
+    for view in (whole, ~whole):
+        own = extents[view]
+        if len(own):
+            padded = own[:, axis].min() < 0.99 * own[:, axis].max()
+            found[view] = (own if padded else own[:, axis]).max() / side
+    return np.maximum(found, 1)
+
+
+def lines_at_edges(boxes: np.ndarray[Any, Any], axis: int, length: int, count: int) -> list[int]:
+    """The lines just within the edges of some boxes along an axis, which tell more about them than others."""
+    large = ((boxes[:, 2:] - boxes[:, :2]) >= 3).all(-1)
+    edges = np.unique(boxes[large][:, [axis, axis + 2]].round(1), axis=0)
+    if not len(edges):
+        return [length // 2]
+    low, high = edges[np.linspace(0, len(edges) - 1, count + 2).round().astype(int)[1:-1]].T
+    lines = np.concatenate([np.ceil(low + 0.5), np.floor(high - 0.5) - 1])
+    return sorted({int(line) for line in lines.clip(0, length - 1)})
+
+
 def check_edges(
     seen: np.ndarray[Any, Any],
     lines: Sequence[int],
     boxes: np.ndarray[Any, Any],
     axis: int,
-    patch: int,
+    scale: np.ndarray[Any, Any],
     length: int,
     *,
     exact: bool = True,
@@ -118,14 +179,13 @@ def check_edges(
         lines: the lines.
         boxes: [n, 4] of the same tokens.
         axis: 0 where the lines are columns, 1 where they are rows.
-        patch: side of a patch in pixels of the resized picture: how far filters reach follows from its size.
+        scale: [n] of `scales`, from which follows how far filters reach.
         length: of the picture along the axis.
-        exact: whether the boxes claim to be; if not, a token still sees nothing beyond its box, if it has one.
+        exact: whether the boxes claim to be; if not, a token still sees nothing far beyond its box, if it has one.
     """
     low, high = boxes[:, axis], boxes[:, axis + 2]
     # those of mere padding lie nowhere
     solid = ((boxes[:, 2:] - boxes[:, :2]) > 0).all(-1)
-    scale = np.maximum(1, (high - low) / patch)
     reach = 3 * scale + 1
     place = np.asarray(lines)[:, None]
     within = (place >= low + 0.5) & (place + 1 <= high - 0.5)

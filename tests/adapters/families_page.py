@@ -13,7 +13,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "families.md"
 COMMAND = "python -m tests.adapters.families_page"
 BEGIN, END = f"<!-- made by `{COMMAND}`: do not edit -->", "<!-- end of what is made -->"
 HEADS = ("family (`config.model_type`)", "named hooks", "boxes", "checkpoints to load by name")
-SIZES = ((64, 64), (100, 60), (30, 90), (700, 500), (2600, 2000))
+SIZES = ((64, 64), (100, 60), (30, 90), (900, 40), (700, 500), (2600, 2000))
 """Sizes of pictures for which boxes may be exact or not."""
 
 

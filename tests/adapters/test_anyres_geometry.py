@@ -237,6 +237,20 @@ def test_changing_the_processor_changes_the_boxes() -> None:
     assert after[0, 0] == pytest.approx(100 * 8 / 64)
 
 
+def test_filling_around_a_small_tile_lies_in_no_other_tile() -> None:
+    """Tiles resized to half of what is then cropped have filling around them, whose patches see no pixel."""
+    family = family_for(TINY, size={"shortest_edge": 24})
+    tokens = family.image_tokens(96, 96)
+    boxes = tokens.boxes[tokens.tile == 2].astype(np.float64)
+    areas = (boxes[:, 2:] - boxes[:, :2]).prod(-1)
+    assert len(areas) == 36
+    # three by three patches in the middle hold the tile, at the picture's upper right
+    assert (areas > 0).sum() == 16
+    assert areas.sum() == pytest.approx(48 * 48)
+    assert (boxes.min(0) == [48, 0, 48, 0]).all()
+    assert (boxes.max(0) == [96, 48, 96, 48]).all()
+
+
 def test_a_processor_that_does_not_fit_the_tower() -> None:
     with pytest.raises(LayoutError, match="56 x 56 pixels, the vision tower expects 48 x 48"):
         family_for(TINY, crop_size={"height": 56, "width": 56}).image_tokens(10, 10)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 from sae_lens_multimodal.adapters.model import VisionLanguageModel
@@ -89,6 +90,32 @@ def test_a_missing_chat_template_and_one_that_refuses(llava: VisionLanguageModel
             llava.encode(prompt("what ?"))
     finally:
         llava.processor.chat_template = template
+
+
+def test_a_template_that_takes_the_answer_as_a_string(llava: VisionLanguageModel) -> None:
+    own = llava.processor.chat_template
+    asked = [*prompt(picture(20, 30), "is this red ?", answer="yes ."), {"role": "user", "content": "and blue ?"}]
+    expected = llava.encode(asked)
+    # what Llama 3's templates do, beside lists of parts for the user
+    as_string = "{{ message['content'] + ' </s>' }}"
+    branch = f"{{% if message['role'] == 'assistant' %}}{as_string}{{% else %}}"
+    template = own.replace("{% for part in", branch + "{% for part in")
+    template = template.replace("{% if message['role'] == 'assistant' %}{{ '</s>' }}{% endif %}", "{% endif %}")
+    # texts alone become strings throughout
+    template = template.replace(
+        "{% for part in message['content'] %}",
+        "{% set parts = [{'type': 'text', 'text': message['content']}] if message['content'] is string "
+        "else message['content'] %}{% for part in parts %}",
+    )
+    try:
+        llava.processor.chat_template = template
+        assert torch.equal(llava.encode(asked)["input_ids"], expected["input_ids"])
+        llava.processor.chat_template = "{{ messages[0]['content'] + 'x' }}"
+        assert llava.encode(prompt("what ?"))["input_ids"].shape[1] > 0
+        with pytest.raises(PromptError, match="chat template cannot be filled with these messages"):
+            llava.encode(prompt(picture(3, 4), "what ?"))
+    finally:
+        llava.processor.chat_template = own
 
 
 def test_padding_side_is_checked(llava: VisionLanguageModel) -> None:

@@ -24,6 +24,7 @@ from sae_lens_multimodal.adapters.registry import find_family
 from sae_lens_multimodal.errors import ImageError, LayoutError, PromptError
 from sae_lens_multimodal.types import Modality
 from tests.adapters.adapter_samples import picture, prompt
+from tests.adapters.box_probe import tokens_that_see
 
 QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
 PACKED = (*QWEN, "glm4v", "glm46v")
@@ -65,7 +66,9 @@ def released() -> Callable[[str, int | None], Any]:
     def get(name: str, number: int | None) -> Any:
         if (name, number) not in made:
             family = find_family(name)
-            structure = {} if number is None else family.released[number].structure
+            # what the one type of GLM-V takes, the other does too
+            known = family.released or find_family("glm4v").released
+            structure = {} if number is None else known[number].structure
             module, processor = family.random_model(0, **structure)
             made[name, number] = family(module.config, processor)
         return made[name, number]
@@ -258,24 +261,47 @@ def test_processors_of_other_checkpoints_are_refused(name: str, change: dict[str
         find_family(name)(module.config, processor).image_tokens(60, 40)
 
 
-@pytest.mark.parametrize("name", [*PACKED, *TILED])
-def test_what_is_added_to_the_residual_stream_adds_up(name: str) -> None:
-    model = tiny(name)
-    batch = model.encode([prompt(picture(60, 40), "what ?"), prompt(picture(30, 30), "yes")])
+def test_the_first_cohere_under_aya_vision() -> None:
+    """The larger released model has it, with norms of queries and keys besides."""
+    module, processor = find_family("aya_vision").random_model(0, text="cohere")
+    module.set_attn_implementation("eager")
+    model = load_model(module, processor=processor)
     values: dict[str, Tensor] = {}
-    beginnings = [f"{tower}blocks.{index}.hook_" for tower in ("vision.", "") for index in (0, 1)]
-    parts = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
-    kept = [begin + part for begin in beginnings for part in parts if begin + part in model.hooks]
-    with torch.no_grad(), model.trace(**batch):
-        for hook in kept:
+    with torch.no_grad(), model.trace(**model.encode(prompt(picture(60, 40), "what ?"))):
+        for hook in model.hooks.names():
             values[hook] = model.hooks[hook].save()
-    for begin in beginnings:
-        attended = values[f"{begin}resid_pre"] + values[f"{begin}attn_out"]
-        if f"{begin}resid_mid" in values:
-            assert torch.equal(attended, values[f"{begin}resid_mid"]), begin
-        else:
-            assert model.family.parallel_blocks, begin
-        assert torch.equal(attended + values[f"{begin}mlp_out"], values[f"{begin}resid_post"]), begin
+    for begin in ("blocks.0.", "blocks.1."):
+        added = values[f"{begin}hook_resid_pre"] + values[f"{begin}hook_attn_out"] + values[f"{begin}hook_mlp_out"]
+        assert torch.equal(added, values[f"{begin}hook_resid_post"])
+        scores = values[f"{begin}attn.hook_attn_scores"].float().softmax(-1)
+        torch.testing.assert_close(values[f"{begin}attn.hook_pattern"], scores)
+        norm = module.model.language_model.layers[int(begin[7])].input_layernorm
+        normalized = values[f"{begin}ln1.hook_normalized"]
+        torch.testing.assert_close(normalized * norm.weight, norm(values[f"{begin}hook_resid_pre"]))
+
+
+@pytest.mark.parametrize("name", ["idefics3", "smolvlm"])
+@pytest.mark.parametrize(
+    ("size", "blurred"),
+    [((100, 60), False), ((61, 40), False), ((64, 64), False), ((120, 17), True), ((12, 120), True), ((7, 90), True)],
+)
+def test_pictures_that_two_resizes_blur_say_so(name: str, size: tuple[int, int], blurred: bool) -> None:
+    """Their tokens see further beyond their boxes than the boxes are wide."""
+    model = tiny(name)
+    tokens = model.family.image_tokens(*size)
+    assert bool(tokens.inexact) == blurred
+    assert ("thin" in tokens.inexact) == blurred
+    assert model.encode(prompt(picture(*size), "what ?")).layout.inexact == ((tokens.inexact,),)
+    # each line of pixels across the picture, and which tokens of the tiles it reaches
+    axis = int(size[0] > size[1])
+    asked = lambda pictures: model.encode([prompt(one, "what ?") for one in pictures])  # noqa: E731
+    seen = tokens_that_see(model._module, asked, size, axis, range(size[axis]))
+    layout = asked([Image.new("RGB", size)]).layout
+    tiles = layout.tile[0].numpy() > 0
+    low, high = layout.boxes[0, :, axis].numpy()[tiles], layout.boxes[0, :, axis + 2].numpy()[tiles]
+    first, last = seen[:, tiles].argmax(0), size[axis] - seen[::-1, tiles].argmax(0)
+    beyond = np.maximum(low - first, last - high)
+    assert (beyond.max() > (high - low).max()) == blurred
 
 
 @pytest.mark.parametrize("name", [*PACKED, *TILED])

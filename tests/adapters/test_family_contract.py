@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -134,13 +135,42 @@ def test_values_are_those_of_plain_hooks_bit_for_bit(random_model: VisionLanguag
         if point.d is not None:
             width = value.shape[-1] * (point.heads or 1)
             assert width == point.d, point.name
+    for block in sorted({name[: name.index("hook_resid_pre")] for name in got if name.endswith("hook_resid_pre")}):
+        check_block(got, block, parallel=random_model.family.parallel_blocks and not block.startswith("vision"))
+
+
+def check_block(got: dict[str, Tensor], block: str, *, parallel: bool) -> None:
+    """What lies inside of a module's forward, where no plain hook reaches, by what it must be."""
+    attended = got[f"{block}hook_resid_pre"] + got[f"{block}hook_attn_out"]
+    assert (f"{block}hook_resid_mid" not in got) == parallel, block
+    if not parallel:
+        assert torch.equal(got[f"{block}hook_resid_mid"], attended), block
+        assert torch.equal(got[f"{block}ln2.hook_in"], attended), block
+    assert torch.equal(got[f"{block}hook_resid_post"], attended + got[f"{block}hook_mlp_out"]), block
+    if f"{block}attn.hook_pattern" in got:
+        pattern, scores = got[f"{block}attn.hook_pattern"], got[f"{block}attn.hook_attn_scores"]
+        torch.testing.assert_close(pattern, scores.float().softmax(-1), atol=1e-5, rtol=1e-5)
+    for norm in ("ln1", "ln2"):
+        if f"{block}{norm}.hook_normalized" in got:
+            before, normalized = got[f"{block}{norm}.hook_in"], got[f"{block}{norm}.hook_normalized"]
+            if normalized.mean(-1).abs().max() < 1e-4:
+                # not all of them leave the mean as it is
+                before = before - before.mean(-1, keepdim=True)
+            expected = before / before.square().mean(-1, keepdim=True).sqrt()
+            torch.testing.assert_close(normalized, expected, atol=1e-3, rtol=1e-2)
+
+
+def one_of_each_kind(points: Sequence[HookPoint]) -> list[HookPoint]:
+    """The first of the hooks that differ only in the number of their block."""
+    kinds: dict[str, HookPoint] = {}
+    for point in points:
+        kinds.setdefault(re.sub(r"\.\d+\.", ".N.", point.name), point)
+    return list(kinds.values())
 
 
 def test_writing_is_what_a_plain_hook_would_change(random_model: VisionLanguageModel, plain_module: Any) -> None:
     batch = random_model.encode(prompt(picture(40, 40), "what is this ?"))
-    for point in random_model.hooks.points():
-        if point.operation is not None:
-            continue
+    for point in one_of_each_kind([point for point in random_model.hooks.points() if point.operation is None]):
         with doubled(plain_module, point):
             expected = plain_module(**batch).logits
         with random_model.trace(**batch):
@@ -204,19 +234,22 @@ def test_each_invoke_sees_its_own_rows(random_model: VisionLanguageModel) -> Non
 
 def test_an_edit_in_one_invoke_leaves_the_others(random_model: VisionLanguageModel) -> None:
     first, second = prompt(picture(60, 90), "what is this ?"), prompt(picture(50, 20), "is there a circle ?")
-    inner = "blocks.0.hook_attn_out" if random_model.family.parallel_blocks else "blocks.0.hook_resid_mid"
-    for hook in ("vision.blocks.0.hook_resid_post", inner, "blocks.1.attn.hook_pattern"):
-        plain = [logits_of(random_model, random_model.encode(one)) for one in (first, second)]
+    plain = [logits_of(random_model, random_model.encode(one)) for one in (first, second)]
+    points = one_of_each_kind(random_model.hooks.points())
+    for tower in ("vision", "projector", "language"):
+        # a tower's hooks all at once: one that reaches the other invoke is enough
+        hooks = [point.name for point in points if point.tower == tower]
         with random_model.trace() as tracer:
             with tracer.invoke(first):
-                # not a mere multiple: where a norm follows, it would take that back
-                random_model.hooks[hook] = random_model.hooks[hook] ** 2
+                for hook in hooks:
+                    # not a mere multiple: where a norm follows, it would take that back
+                    random_model.hooks[hook] = random_model.hooks[hook] * 0.5 + 0.1
                 changed = random_model.output.logits.save()
             with tracer.invoke(second):
                 untouched = random_model.output.logits.save()
         length = plain[1].shape[1]
         torch.testing.assert_close(untouched[:, -length:], plain[1], atol=TOLERANCE, rtol=TOLERANCE)
-        assert (changed[:, -plain[0].shape[1] :] - plain[0]).abs().max() > 1e-3, hook
+        assert (changed[:, -plain[0].shape[1] :] - plain[0]).abs().max() > 1e-3, tower
 
 
 def test_nothing_stays_behind_after_an_exception(random_model: VisionLanguageModel) -> None:
@@ -279,6 +312,21 @@ def test_shapes_without_a_forward_pass(random_model: VisionLanguageModel) -> Non
     with random_model.scan(**batch):
         shapes.append(tuple(random_model.hooks["blocks.0.hook_resid_post"].shape))
     assert shapes == [(*batch["input_ids"].shape, random_model.d_model)]
+
+
+def test_prompts_are_those_of_transformers(random_model: VisionLanguageModel) -> None:
+    processor = random_model.processor
+    if processor.chat_template is None:
+        pytest.skip("its processor writes no conversations")
+    for one in mixed_prompts():
+        messages = [
+            {**message, "content": [{"type": "text", "text": content}] if isinstance(content, str) else content}
+            for message in one
+            for content in (message["content"],)
+        ]
+        ends = one[-1]["role"] == "user"
+        expected = processor.apply_chat_template(messages, tokenize=True, add_generation_prompt=ends, return_dict=True)
+        assert random_model.encode(one)["input_ids"].tolist() == np.asarray(expected["input_ids"]).tolist()
 
 
 def test_layouts_of_many_prompts(random_model: VisionLanguageModel) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from importlib.metadata import EntryPoint
 from typing import Any
@@ -49,15 +48,40 @@ def test_entry_points_add_families_but_do_not_replace(monkeypatch: pytest.Monkey
     assert registry.find_family("llava_next") is LlavaNext
 
 
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        (
+            "no_such_module:Whale",
+            r"whale = 'no_such_module:Whale' cannot be imported: No module named",
+        ),
+        ("sae_lens_multimodal.adapters.llava_next:Whale", r"cannot be imported: .*has no attribute 'Whale'"),
+        ("sae_lens_multimodal.adapters.registry:GENERIC", r"is 'generic'; expected a subclass of .*Family"),
+        ("pathlib:Path", r"expected a subclass of .*Family: see docs/adding_a_family\.md"),
+    ],
+)
+def test_entry_points_that_give_no_family_say_so(monkeypatch: pytest.MonkeyPatch, target: str, message: str) -> None:
+    entry = EntryPoint("whale", target, registry.ENTRY_POINT_GROUP)
+    monkeypatch.setattr(registry, "entry_points", lambda **_: [entry])
+    # others are as they were
+    assert registry.find_family("llava_next") is LlavaNext
+    with pytest.raises(ConfigError, match=message):
+        registry.find_family("whale")
+
+
 def test_a_family_is_registered_once() -> None:
     registry.registered_families()
     with pytest.raises(ConfigError, match="twice"):
         registry.family("llava_next")(lambda: LlavaNext)
 
 
-def test_listing_families_imports_no_adapter() -> None:
-    program = (
-        "import sys; from sae_lens_multimodal.adapters.registry import registered_families as names; "
-        "assert 'llava_next' in names(); assert 'sae_lens_multimodal.adapters.llava_next' not in sys.modules"
-    )
-    subprocess.run([sys.executable, "-c", program], check=True)
+def test_listing_families_imports_no_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = registry.registered_families(built_in=True)
+    for module in {registry.find_family(name).__module__ for name in names}:
+        # to import it would now fail
+        monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.delitem(sys.modules, "sae_lens_multimodal.adapters.families")
+    monkeypatch.setattr(registry, "_factories", {})
+    assert registry.registered_families(built_in=True) == names
+    with pytest.raises(ImportError):
+        registry.find_family("llava_next")

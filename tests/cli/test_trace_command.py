@@ -10,7 +10,7 @@ import pytest
 from sae_lens_multimodal.cli.main import main
 from sae_lens_multimodal.files import read_json
 from sae_lens_multimodal.scenes import model_folder
-from sae_lens_multimodal.scenes.constraints import ConstraintCase, constraint_cases
+from sae_lens_multimodal.scenes.constraints import ConstraintCase, constraint_cases, twin
 from tests.hooks.hook_samples import build_sae
 
 
@@ -52,7 +52,7 @@ def test_cells_are_printed_and_the_page_is_written(
     assert printed[0] == f"answer: {case.clean.answer}"
     assert printed[1].startswith(f"probability: clean {stored['clean']['probability']:.4g}, corrupted ")
     first = printed[printed.index("restored  part      layer  token") + 1].split()
-    assert first[1:] == ["resid", "0", case.word]
+    assert first[1:] == ["resid", "0", case.word, "(a", "corrupted", "token)"]
     assert float(first[0]) == pytest.approx(1.0, abs=0.01)
     assert printed[-1] == str((tmp_path / "page" / "index.html").resolve())
 
@@ -69,12 +69,18 @@ def test_features_of_the_hot_cell_are_named(
     more = ["--other-prompt", case.counterfactual.question, "--against", str(case.counterfactual.answer)]
     more += ["--sae", str(tmp_path / "sae"), "--features", "2", "--tokens", "text"]
     more += ["--explanations", str(explanations / "explanations.jsonl")]
-    assert main([*arguments, *more]) == 0
+    twin(case).image.save(tmp_path / "twin.png")
+    assert main([*arguments, *more, "--held-out", str(tmp_path / "twin.png")]) == 0
     printed = capsys.readouterr().out.splitlines()
-    at = printed.index("feature  restored  ablated  exchanged  explanation")
+    at = next(at for at, line in enumerate(printed) if line.startswith("feature  "))
     for line in printed[at + 1 : at + 3]:
         assert line.split()[-2:] == ["meaning", line.split()[0]]
     assert printed[at + 3].startswith("together")
+    assert printed[at + 4].startswith("  random, weight")
+    assert printed[at + 5].startswith("held out 1")
+    best, hottest = printed[at - 4], printed[at - 3]
+    assert "corrupted token" not in best
+    assert hottest.endswith("(a corrupted token)")
     assert any(line.startswith("logit_difference: clean") for line in printed)
 
 
@@ -86,6 +92,8 @@ def test_features_of_the_hot_cell_are_named(
         (("--replace", "blue"), "one way to corrupt"),
         (("--blank", "1,2,3"), "X0,Y0,X1,Y1"),
         (("--constraint", "purple thing", "--replace", "blue"), "do not stand"),
+        (("--noise", "3", "--parts", "everything"), "Got the part 'everything'"),
+        (("--blank", "1,2,30,40", "--picture", "2"), "--picture got 2"),
     ],
 )
 def test_mistakes_cost_one_line(
@@ -93,3 +101,15 @@ def test_mistakes_cost_one_line(
 ) -> None:
     assert main([*arguments, *more]) == 1
     assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_explanations_and_held_out_pictures_belong_to_something(
+    arguments: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    for layer in (1, 2):
+        build_sae(d_in=160, metadata={"hook_name": f"blocks.{layer}.hook_resid_post"}).save_model(tmp_path / str(layer))
+    both = ["--sae", str(tmp_path / "1"), "--sae", str(tmp_path / "2"), "--noise", "3"]
+    assert main([*arguments, *both, "--explanations", str(tmp_path)]) == 1
+    assert "1 --explanations for 2 --sae" in capsys.readouterr().err.splitlines()[-1]
+    assert main([*arguments, *both[:2], "--blank", "1,2,30,40", "--held-out", "x.png"]) == 1
+    assert "--held-out asks the same of another picture" in capsys.readouterr().err.splitlines()[-1]

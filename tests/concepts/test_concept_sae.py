@@ -10,7 +10,12 @@ from sae_lens import SAE
 from scipy.optimize import nnls
 from sklearn.linear_model import Lasso
 
-from sae_lens_multimodal.hooks.concept_sae import ConceptDictionarySAE, ConceptDictionarySAEConfig, nonnegative_codes
+from sae_lens_multimodal.hooks.concept_sae import (
+    ConceptDictionarySAE,
+    ConceptDictionarySAEConfig,
+    nonnegative_codes,
+    optimal_codes,
+)
 from tests.concepts.concept_samples import planted
 
 
@@ -45,6 +50,39 @@ def test_a_better_start_changes_nothing_at_the_end() -> None:
     scores, gram = states @ concepts.T, concepts @ concepts.T
     cold = nonnegative_codes(scores, gram, l1=0.1)
     assert torch.allclose(nonnegative_codes(scores, gram, l1=0.1, start=activations), cold, atol=1e-4)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_more_concepts_than_dimensions_are_solved_to_the_end(seed: int) -> None:
+    """Coordinate descent alone stops well short of what scipy finds."""
+    generator = torch.Generator().manual_seed(seed)
+    shared = torch.randn(6, generator=generator)
+    concepts = torch.nn.functional.normalize(shared + 0.3 * torch.randn(30, 6, generator=generator), dim=1)
+    states = torch.randn(20, 6, generator=generator) + 3 * shared
+    codes = build(concepts).encode(states).double()
+    own = (states.double() - codes @ concepts.double()).norm(dim=1)
+    best = torch.tensor(
+        [nnls(concepts.T.double().numpy(), one.double().numpy(), maxiter=2000)[1] for one in states]
+    ).double()
+    assert torch.allclose(own, best, atol=1e-4)
+    scores, gram = (states @ concepts.T).double(), (concepts @ concepts.T).double()
+    short = nonnegative_codes(scores, gram)
+    left = (states.double() - short @ concepts.double()).norm(dim=1)
+    assert float((left - best).max()) > 1e-3
+
+
+@pytest.mark.parametrize("l1", [0.0, 0.5])
+def test_the_conditions_of_the_optimum_hold_above_the_rank(l1: float) -> None:
+    generator = torch.Generator().manual_seed(3)
+    concepts = torch.nn.functional.normalize(2 + torch.randn(25, 5, generator=generator), dim=1).double()
+    states = torch.randn(12, 5, generator=generator).double() + 4
+    codes = optimal_codes(states @ concepts.T, concepts @ concepts.T, l1=l1)
+    slopes = (codes @ concepts - states) @ concepts.T + l1
+    assert (codes >= 0).all()
+    assert float((-slopes).max()) < 1e-6
+    assert float((slopes * codes).abs().max()) < 1e-6
+    one_by_one = [optimal_codes(s[None] @ concepts.T, concepts @ concepts.T, l1=l1) @ concepts for s in states]
+    assert torch.allclose(torch.cat(one_by_one), codes @ concepts, atol=1e-6)
 
 
 @pytest.mark.parametrize("l1", [0.0, 0.3])

@@ -12,6 +12,7 @@ from sklearn.decomposition import DictionaryLearning
 from sae_lens_multimodal.concepts.decompose import METHODS, decompose, kmeans, largest_rows, pca, sae_features
 from sae_lens_multimodal.concepts.dictionary import find_concepts
 from sae_lens_multimodal.concepts.semi_nmf import objective, semi_nmf, spread_rows
+from sae_lens_multimodal.concepts.states import ConceptStates
 from sae_lens_multimodal.errors import ConfigError, SAEMismatchError
 from tests.concepts.concept_samples import planted
 from tests.hooks.hook_samples import build_sae
@@ -33,6 +34,22 @@ def test_a_planted_dictionary_is_recovered(seed: int) -> None:
     for concept, own in enumerate(partner):
         pair = torch.stack([found.activations[:, concept], activations[:, own]])
         assert float(torch.corrcoef(pair)[0, 1]) > 0.95
+
+
+@pytest.mark.parametrize("length", [0.0, 2.0, 20.0])
+def test_a_common_mean_is_kept_apart(length: float) -> None:
+    varying, concepts, _ = planted(2, n=500, d=256, k=8)
+    mean = torch.randn(256, generator=torch.Generator().manual_seed(9))
+    states = varying + length * mean / mean.norm()
+    found = find_concepts(states, 8, offset=True)
+    assert found.bias is not None
+    assert matched_cosines(found.concepts, concepts).min() > 0.95
+    rest = states - found.decode(found.encode(states))
+    assert float(rest.square().sum() / (states - states.mean(0)).square().sum()) < 0.02
+    history = torch.tensor(found.objective)
+    assert (history[1:] <= history[:-1] * (1 + 1e-5) + 1e-4).all()
+    if length > 10:
+        assert matched_cosines(find_concepts(states, 8).concepts, concepts).min() < 0.8
 
 
 def test_recovery_needs_what_was_planted() -> None:
@@ -87,6 +104,7 @@ def test_principal_components_rebuild_as_much_as_their_eigenvalues_say() -> None
     states, _, _ = planted(5, n=100)
     found = pca(states, 4)
     assert found.bias is not None
+    assert found.concepts.shape == (8, 48)
     rest = states - found.bias - found.activations @ found.concepts
     eigenvalues = torch.linalg.eigvalsh(torch.cov(states.T.double(), correction=0)).flip(0)
     assert float(rest.double().square().sum() / len(states)) == pytest.approx(float(eigenvalues[4:].sum()), rel=1e-3)
@@ -118,6 +136,17 @@ def test_an_saes_own_features_are_those_that_write_most() -> None:
     assert torch.equal(found.concepts, sae.W_dec[list(found.features)])
     with pytest.raises(SAEMismatchError, match="d_in=48"):
         sae_features(states[:, :40], 6, sae)
+    with pytest.raises(SAEMismatchError, match="layer_norm"):
+        sae_features(states, 6, build_sae("standard", normalize_activations="layer_norm"))
+
+
+@pytest.mark.parametrize(("field", "value"), [("hook_name", "blocks.0.hook_resid_post"), ("model_name", "another")])
+def test_an_sae_of_elsewhere_is_refused(states: ConceptStates, field: str, value: str) -> None:
+    own = {"hook_name": states.hook_name, "model_name": states.model_name}
+    width = states.states.shape[1]
+    assert find_concepts(states, 2, "sae", sae=build_sae("standard", d_in=width, metadata=own)).k == 2
+    with pytest.raises(SAEMismatchError, match=value):
+        find_concepts(states, 2, "sae", sae=build_sae("standard", d_in=width, metadata={**own, field: value}))
 
 
 def test_mistakes_are_told() -> None:
@@ -130,5 +159,11 @@ def test_mistakes_are_told() -> None:
         find_concepts(states, 2, "sae")
     with pytest.raises(ConfigError, match="sparsity=-1"):
         find_concepts(states, 2, sparsity=-1)
+    with pytest.raises(ConfigError, match="no states"):
+        find_concepts(states[:0], 2)
+    with pytest.raises(ConfigError, match="1 of 5 states hold NaN"):
+        find_concepts(states.clone().index_fill_(0, torch.tensor([2]), torch.nan), 2)
+    with pytest.raises(ConfigError, match="only semi_nmf finds an offset"):
+        find_concepts(states, 2, "kmeans", offset=True)
     with pytest.raises(ConfigError, match="expected 1 to 3"):
         find_concepts(states, 4, "pca")

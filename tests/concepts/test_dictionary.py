@@ -22,6 +22,7 @@ from sae_lens_multimodal.hooks.attribute import attribute
 from sae_lens_multimodal.hooks.attribution_check import check_attribution
 from sae_lens_multimodal.hooks.changes import Add, Set
 from sae_lens_multimodal.hooks.effects import output_logits
+from sae_lens_multimodal.hooks.load_sae import load_sae
 from sae_lens_multimodal.hooks.metrics import ContinuationLogProbability
 from sae_lens_multimodal.hooks.read import read_activations
 from sae_lens_multimodal.hooks.steer import steer
@@ -41,10 +42,9 @@ def test_the_sae_is_the_dictionary(method: Method, states: ConceptStates, tmp_pa
     found.save(tmp_path)
     sae = SAE.load_from_disk(tmp_path)
     assert sae.cfg.metadata.hook_name == HOOK
-    concepts, codes = found.one_sided(found.activations)
-    assert sae.cfg.d_sae == len(concepts)
-    assert torch.allclose(sae.encode(states.states), codes, atol=1e-2)
-    assert torch.allclose(sae.decode(codes), found.decode(found.activations), atol=1e-3)
+    assert sae.cfg.d_sae == found.k == (10 if method == "pca" else 5)
+    assert torch.allclose(sae.encode(states.states), found.activations, atol=1e-2)
+    assert torch.allclose(sae.decode(found.activations), found.decode(found.activations), atol=1e-3)
     again = ConceptDictionary.load(tmp_path)
     assert torch.equal(again.activations, found.activations)
     assert (again.method, again.rows, again.word, again.objective) == (method, found.rows, "circle", found.objective)
@@ -60,6 +60,61 @@ def test_features_of_an_sae_stay_that_saes(tmp_path: Path) -> None:
         ConceptDictionary.load(tmp_path).encode(states)
     with pytest.raises(ConfigError, match="use that SAE with features"):
         found.to_sae()
+
+
+def test_both_ends_of_a_component_have_words_and_rows(model: VisionLanguageModel, states: ConceptStates) -> None:
+    found = find_concepts(states, 3, "pca")
+    assert found.k == len(found.words(model, 2)) == found.activations.shape[1] == 6
+    assert (found.activations >= 0).all()
+    assert torch.equal(found.concepts[3:], -found.concepts[:3])
+    projected = (states.states - states.states.mean(0)) @ found.concepts[0]
+    assert found.top_states(0, 1)[0][0] == states.rows[int(projected.argmax())]
+    assert found.top_states(3, 1)[0][0] == states.rows[int(projected.argmin())]
+    assert torch.allclose(found.encode(states.states), found.activations, atol=1e-4)
+
+
+def test_an_offset_is_the_saes_decoder_bias(states: ConceptStates, tmp_path: Path) -> None:
+    found = find_concepts(states, 4, offset=True)
+    found.save(tmp_path)
+    sae = load_sae(tmp_path)
+    assert found.bias is not None
+    assert torch.allclose(sae.b_dec, found.bias)
+    assert torch.allclose(sae.encode(states.states), found.encode(states.states), atol=1e-3)
+    assert torch.allclose(sae(states.states), found.decode(found.encode(states.states)), atol=1e-3)
+
+
+def test_another_method_leaves_nothing_of_the_first(states: ConceptStates, tmp_path: Path) -> None:
+    find_concepts(states, 3).save(tmp_path)
+    assert load_sae(tmp_path).cfg.d_sae == 3
+    trained = build_sae("standard", d_in=states.states.shape[1])
+    find_concepts(states, 2, "sae", sae=trained).save(tmp_path)
+    with pytest.raises(StoreError, match="cannot be read"):
+        load_sae(tmp_path)
+    assert ConceptDictionary.load(tmp_path, sae=trained).k == 2
+    trained.save_model(tmp_path / "trained")
+    with pytest.raises(StoreError, match="no concept dictionary"):
+        find_concepts(states, 3).save(tmp_path / "trained")
+    assert load_sae(tmp_path / "trained").cfg.d_sae == trained.cfg.d_sae
+
+
+def test_a_save_that_was_killed_can_be_done_again(
+    states: ConceptStates, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = find_concepts(states, 3)
+    with monkeypatch.context() as patch:
+        patch.setattr("sae_lens_multimodal.concepts.dictionary.write_json", None)
+        with pytest.raises(TypeError):
+            found.save(tmp_path)
+    with pytest.raises(StoreError):
+        ConceptDictionary.load(tmp_path)
+    found.save(tmp_path)
+    assert ConceptDictionary.load(tmp_path).k == 3
+
+
+def test_dictionaries_and_states_can_be_compared(dictionary: ConceptDictionary, states: ConceptStates) -> None:
+    assert dictionary == dictionary
+    assert dictionary != ConceptDictionary.load
+    assert states != states.split(0.5)[0]
 
 
 def test_harvest_and_report_take_it(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +25,19 @@ from sae_lens_multimodal.adapters.model import VisionLanguageModel
 from sae_lens_multimodal.autointerp.embedding import TextImageEmbedding
 from sae_lens_multimodal.concepts.dictionary import ConceptDictionary, find_concepts
 from sae_lens_multimodal.concepts.encoders import TokenEncoder
-from sae_lens_multimodal.concepts.evaluate import evaluate_concepts, texts_of
+from sae_lens_multimodal.concepts.evaluate import FEW_STATES, _others, evaluate_concepts, texts_of
 from sae_lens_multimodal.concepts.gather import gather_states
-from sae_lens_multimodal.concepts.measures import bert_score, coactivation, disentanglement, explained_variance, overlap
+from sae_lens_multimodal.concepts.measures import (
+    bert_score,
+    coactivation,
+    disentanglement,
+    explained_variance,
+    overlap,
+    ratio_interval,
+)
+from sae_lens_multimodal.concepts.scorers import clip_scorer
 from sae_lens_multimodal.concepts.states import ConceptStates
-from sae_lens_multimodal.errors import ConfigError, ModelLoadError
+from sae_lens_multimodal.errors import ConfigError, ModelLoadError, SAEMismatchError
 from sae_lens_multimodal.scenes import make_scene
 from tests.concepts.concept_samples import HOOK, WORD
 
@@ -89,6 +99,18 @@ class KnownScenes(TextImageEmbedding):
         return self.texts([self._captions[picture.tobytes()] for picture in pictures])
 
 
+class Listening(KnownScenes):
+    """The same, and it keeps what it is asked."""
+
+    def __init__(self, rows: list[dict[str, Any]]) -> None:
+        super().__init__(rows)
+        self.heard: list[list[str]] = []
+
+    def texts(self, texts: Any) -> Any:
+        self.heard.append(list(texts))
+        return super().texts(texts)
+
+
 def test_rows_of_methods_and_floors(
     model: VisionLanguageModel, rows: list[dict[str, Any]], states: ConceptStates, encoder_folder: Path
 ) -> None:
@@ -104,9 +126,8 @@ def test_rows_of_methods_and_floors(
         clip=space,
         bert=encoder_folder,
     )
-    assert list(table.rows) == [
-        "semi_nmf", "pca", "random words", "true captions", "semi_nmf, noise images", "pca, noise images"
-    ]  # fmt: skip
+    floors = ("", ", random words", ", another state's", ", noise images")
+    assert list(table.rows) == [*(f"{name}{one}" for name in ("semi_nmf", "pca") for one in floors), "true captions"]
     assert table.skipped == {}
     assert table.rows["true captions"]["clip_score"] == pytest.approx(2.5)
     assert table.rows["true captions"]["bert_score"] == pytest.approx(1, abs=1e-5)
@@ -122,6 +143,111 @@ def test_rows_of_methods_and_floors(
     f1 = [bert_score(*encoder.tokens([a, b])).f1 for a, b in zip(own, states.captions, strict=True)]
     assert table.rows["semi_nmf"]["bert_score"] == pytest.approx(np.mean(f1), abs=1e-4)
     assert len(table.lines()) == 2 + len(table.rows)
+    for name, row in table.rows.items():
+        for measure, (low, high) in table.intervals[name].items():
+            assert low <= row[measure] <= high or measure == "explained_variance"
+    low, high = table.intervals["semi_nmf"]["clip_score"]
+    assert low < table.rows["semi_nmf"]["clip_score"] < high
+    # The text of another state is one of the texts, and not the state's own.
+    captions = [states.captions[index] for index in _others(len(states), 0)]
+    assert all(a != b for a, b in zip(_others(len(states), 0), range(len(states)), strict=True))
+    assert sorted(captions) == sorted(states.captions)
+
+
+def test_random_words_are_as_many_as_the_concepts_words(
+    model: VisionLanguageModel, rows: list[dict[str, Any]], states: ConceptStates
+) -> None:
+    space = Listening(rows)
+    evaluate_concepts(model, {"one": find_concepts(states, 5)}, states, dataset=rows, clip=space)
+    own, random, other, _ = space.heard[-4:]
+    assert [len(text.split()) for text in random] == [len(text.split()) for text in own]
+    assert random != own
+    assert sorted(other) == sorted(own)
+
+
+def test_a_state_without_a_concept_scores_nothing(
+    model: VisionLanguageModel, rows: list[dict[str, Any]], states: ConceptStates, encoder_folder: Path
+) -> None:
+    found = find_concepts(states, 5)
+    silent = ConceptDictionary(-found.concepts * 0, found.activations, "simple")
+    table = evaluate_concepts(model, {"a": silent}, states, dataset=rows, clip=KnownScenes(rows), bert=encoder_folder)
+    assert (table.rows["a"]["clip_score"], table.rows["a"]["bert_score"]) == (0, 0)
+
+
+def test_all_pictures_of_a_row_are_compared_and_few_are_held(
+    model: VisionLanguageModel, rows: list[dict[str, Any]]
+) -> None:
+    space = KnownScenes(rows)
+    pictures = [row["images"][0] for row in rows[:3]]
+    of_row = {7: list(space.images(pictures[:2])), 9: list(space.images(pictures[2:]))}
+    texts = ["red circle", "star", "blue"]
+    found = clip_scorer(space, of_row, [7, 9, 8])(texts)
+    vectors, words = space.images(pictures), space.texts(texts)
+    assert found[0] == pytest.approx(2.5 * np.maximum(vectors[:2] @ words[0], 0).mean())
+    assert found[1] == pytest.approx(2.5 * max(vectors[2] @ words[1], 0))
+    assert np.isnan(found[2])
+
+
+def test_a_row_that_no_longer_opens_is_left_out(
+    model: VisionLanguageModel,
+    rows: list[dict[str, Any]],
+    states: ConceptStates,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    gone = states.rows[0]
+    changed = [
+        {**row, "images": [{"bytes": b"none", "path": None}]} if i == gone else row for i, row in enumerate(rows)
+    ]
+    found = {"one": find_concepts(states, 5)}
+    table = evaluate_concepts(model, found, states, dataset=changed, clip=KnownScenes(rows))
+    assert table.rows["true captions"]["clip_score"] == pytest.approx(2.5)
+    assert f"{states.rows.count(gone)} of {len(states)} states have no picture that opens" in caplog.text
+
+
+def test_what_is_of_elsewhere_is_refused(model: VisionLanguageModel, states: ConceptStates) -> None:
+    found = find_concepts(states, 3, "simple")
+    for name in ("hook_name", "word", "model_name"):
+        other = replace(found, **{name: "elsewhere"})  # type: ignore[arg-type]
+        with pytest.raises(SAEMismatchError, match="elsewhere"):
+            evaluate_concepts(model, {"one": other}, states)
+    assert evaluate_concepts(model, {"one": replace(found, word=None)}, states).rows
+    broken = replace(states, shard=replace(states.shard, states=states.states * torch.nan))
+    with pytest.raises(ConfigError, match="hold NaN"):
+        evaluate_concepts(model, {"one": found}, broken)
+
+
+def test_noise_without_an_encoder_is_skipped_with_its_reason(model: VisionLanguageModel, states: ConceptStates) -> None:
+    table = evaluate_concepts(model, {"one": find_concepts(states, 3, "simple")}, states, noise=states)
+    assert table.skipped["noise images"] == "only CLIPScore and BERTScore are taken of them"
+
+
+def test_few_states_are_warned_of(
+    model: VisionLanguageModel, states: ConceptStates, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert len(states) < FEW_STATES
+    evaluate_concepts(model, {"one": find_concepts(states, 3, "simple")}, states)
+    assert f"{len(states)} states are few" in caplog.text
+
+
+def test_intervals_are_those_of_a_mean_and_draw_whole_rows() -> None:
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=400)
+    low, high = ratio_interval(values, np.ones(400), np.arange(400))
+    # A mean's interval is 1.96 standard errors on either side.
+    assert high - low == pytest.approx(2 * 1.96 * values.std() / 20, rel=0.1)
+    assert low < values.mean() < high
+    four = ratio_interval(np.repeat(values, 4), np.ones(1600), np.repeat(np.arange(400), 4))
+    assert four == pytest.approx((low, high))
+
+
+def test_the_layer_of_the_published_score(model: VisionLanguageModel, encoder_folder: Path, tmp_path: Path) -> None:
+    first, last = (TokenEncoder.load(encoder_folder, layer=layer).tokens(["red circle"])[0] for layer in (1, -1))
+    assert not torch.allclose(first, last, atol=1e-3)
+    assert torch.equal(TokenEncoder.load(encoder_folder).tokens(["red circle"])[0], last)
+    with pytest.raises(ConfigError, match="layer=9"):
+        TokenEncoder.load(encoder_folder, layer=9)
+    with pytest.raises(ConfigError, match="layer=9"):
+        TokenEncoder.load(shutil.copytree(encoder_folder, tmp_path / "bert-base-uncased"))
 
 
 def test_what_is_not_given_is_skipped_with_its_reason(model: VisionLanguageModel, states: ConceptStates) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,12 @@ import pytest
 import torch
 
 from sae_lens_multimodal.adapters.model import VisionLanguageModel
+from sae_lens_multimodal.concepts import gather
 from sae_lens_multimodal.concepts.gather import Place, gather_states
 from sae_lens_multimodal.concepts.states import ConceptStates, StateShard, StateWriter
 from sae_lens_multimodal.data.rows import row_to_prompt
 from sae_lens_multimodal.errors import ConfigError, DatasetError, SelectionError, StoreError
+from sae_lens_multimodal.hooks.read import read_activations
 from tests.concepts.concept_samples import HOOK, WORD
 
 
@@ -179,6 +182,116 @@ def test_noise_takes_the_place_of_pictures(
     assert torch.equal(noise.states, again.states)
     assert not torch.allclose(noise.states, other.states, atol=1e-3)
     assert not torch.allclose(noise.states, states.states, atol=1e-1)
+
+
+@pytest.mark.parametrize("rare", [False, True])
+def test_a_run_is_saved_long_before_a_shard_is_full(
+    model: VisionLanguageModel,
+    rows: list[dict[str, Any]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    rare: bool,
+) -> None:
+    """With the settings as they are by themselves; `rare`: even where no batch is ever full."""
+    if rare:
+        monkeypatch.setattr("sae_lens_multimodal.concepts.gather._STRETCH_ROWS", 4)
+    clock = iter(range(0, 10**6, 31))
+    monkeypatch.setattr("sae_lens_multimodal.concepts.states.time.monotonic", lambda: next(clock))
+    whole = gather_states(model, rows, WORD, hook_name=HOOK, output=tmp_path / "whole", progress=False)
+    read = {"all": 0, "again": 0}
+
+    def dying(raws: Any, key: str) -> Any:
+        for place, raw in raws:
+            read[key] += 1
+            if key == "all" and place == len(rows) - 3:
+                raise Killed
+            yield place, raw
+
+    numbered = gather.numbered_rows
+    for key in read:
+        monkeypatch.setattr(gather, "numbered_rows", lambda rows, skip, key=key: dying(numbered(rows, skip), key))
+        with suppress(Killed):
+            again = gather_states(model, rows, WORD, hook_name=HOOK, output=tmp_path / "broken", progress=False)
+    # Of the dataset's first row a fingerprint is taken, each time.
+    assert 1 < read["again"] < len(rows) - (14 if rare else 0)
+    assert torch.equal(again.states, whole.states)
+    assert (again.rows, again.n_without) == (whole.rows, whole.n_without)
+    assert again.report.to_dict() == whole.report.to_dict()
+    assert sorted(one.name for one in (tmp_path / "broken").iterdir()) == ["manifest.json", "states-00000.safetensors"]
+
+
+def test_only_some_rows_are_read(model: VisionLanguageModel, rows: list[dict[str, Any]], states: ConceptStates) -> None:
+    chosen = sorted(set(states.rows))[1:3]
+    some = gather_states(model, rows, WORD, hook_name=HOOK, every=True, only_rows=chosen, progress=False)
+    own = torch.isin(states.shard.row, torch.tensor(chosen))
+    assert set(some.rows) == set(chosen)
+    assert some.report.read == 2
+    assert torch.allclose(some.states, states.states[own], atol=1e-4)
+
+
+def test_what_changes_no_state_may_differ_in_a_resumed_run(
+    model: VisionLanguageModel, rows: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    settings: dict[str, Any] = {"hook_name": HOOK, "output": tmp_path / "own", "progress": False}
+    first = gather_states(model, rows[:8], WORD, seed=0, batch_size=2, **settings)
+    assert torch.equal(gather_states(model, rows[:8], WORD, seed=1, batch_size=4, **settings).states, first.states)
+    assert first.settings["dtype"] == "float32"
+    with pytest.raises(StoreError, match="image_folder=None, not 'elsewhere'"):
+        gather_states(model, rows[:8], WORD, image_folder="elsewhere", **settings)
+    settings |= {"output": tmp_path / "noise", "pictures": "noise"}
+    gather_states(model, rows[:8], WORD, seed=0, **settings)
+    with pytest.raises(StoreError, match="seed=0, not 1"):
+        gather_states(model, rows[:8], WORD, seed=1, **settings)
+
+
+def test_states_that_are_not_finite_are_skipped_and_counted(
+    model: VisionLanguageModel, rows: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(model: Any, batch: Any, hook: str) -> dict[str, torch.Tensor]:
+        values = read_activations(model, batch, hook)
+        values[hook][0] = torch.nan
+        return values
+
+    monkeypatch.setattr(gather, "read_activations", broken)
+    found = gather_states(model, rows, WORD, hook_name=HOOK, progress=False)
+    assert found.report.reasons["states are not finite"] > 0
+    assert found.states.isfinite().all()
+
+
+def test_splits_share_no_picture(model: VisionLanguageModel, rows: list[dict[str, Any]]) -> None:
+    holding = [row for row in rows if WORD in row["messages"][1]["content"][0]["text"].split()][:6]
+    captions = [one for row in holding for one in (row, row, row)]
+    found = gather_states(model, captions, WORD, hook_name=HOOK, progress=False)
+    for seed in range(4):
+        one, other = found.split(0.5, seed=seed)
+        pictures = [{row // 3 for row in part.rows} for part in (one, other)]
+        assert not pictures[0] & pictures[1]
+        assert len(pictures[0]) == len(pictures[1]) == 3
+
+
+def test_rows_without_pictures_are_linked_by_their_caption(model: VisionLanguageModel) -> None:
+    texts = [
+        [
+            {"role": "user", "content": "what is in the picture ?"},
+            {"role": "assistant", "content": f"{colour} solid circle"},
+        ]
+        for colour in ("red", "blue", "red", "blue")
+    ]
+    found = gather_states(model, [{"messages": one} for one in texts], WORD, hook_name=HOOK, progress=False)
+    assert sorted(sorted(part.rows) for part in found.split(0.5)) == [[0, 2], [1, 3]]
+
+
+def test_what_cannot_be_held_out_is_said(
+    model: VisionLanguageModel, rows: list[dict[str, Any]], states: ConceptStates, caplog: pytest.LogCaptureFixture
+) -> None:
+    for share in (0, 1.5):
+        with pytest.raises(ConfigError, match=f"share={share}"):
+            states.split(share)
+    assert [len(part) for part in states.split(1)] == [len(states), 0]
+    row = rows[states.rows[0]]
+    one, other = gather_states(model, [row] * 3, WORD, hook_name=HOOK, progress=False).split(0.5)
+    assert (len(one), len(other)) == (3, 0)
+    assert "linked by the pictures they share" in caplog.text
 
 
 def test_splits_share_no_row(states: ConceptStates) -> None:

@@ -248,6 +248,34 @@ def test_ordinary_keys_protect_other_prompts(tiny: VisionLanguageModel) -> None:
         compute_edit(tiny, [ask()], TARGET, constraint=-1, layers=1, ordinary=keys)
 
 
+def test_the_value_is_found_as_the_update_will_write_it(tiny: VisionLanguageModel) -> None:
+    # two prompts that read different shares of the change: the recorded probability is that of the edited model
+    prompts = [ask(), ask(colour=(30, 200, 60))]
+    keys = ordinary_keys(tiny, [ask("is there a red circle ?"), ask("is this green ?", colour=None)], 0, tokens="last")
+    settings = EditSettings(max_steps=10, end=False)
+    edit = compute_edit(tiny, prompts, TARGET, constraint=-1, layers=0, ordinary=keys, settings=settings)
+    change = edit.changes[0]
+    assert isinstance(change, RankOneChange)
+    first = tiny.tokenizer(TARGET, add_special_tokens=False)["input_ids"][0]
+    module, found, shares = tiny._module.get_submodule(PATH.format(0)), [], []
+
+    for prompt in prompts:
+        batch = tiny.encode([prompt], add_generation_prompt=True)
+
+        def write(_module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+            output = output.clone()
+            shares.append(float(inputs[0][0, -1] @ change.update.right))
+            output[0, -1] += shares[-1] * change.update.left
+            return output
+
+        handle = module.register_forward_hook(write)
+        with torch.no_grad():
+            found.append(float(tiny._module(**batch).logits[0, -1].softmax(-1)[first]))
+        handle.remove()
+    assert abs(shares[0] - shares[1]) > 1e-4
+    assert edit.record["probability"] == pytest.approx(sum(found) / 2, rel=1e-3)
+
+
 def test_essence_is_kept(tiny: VisionLanguageModel) -> None:
     kept = ask("is this a red circle ?")
     batch = tiny.encode([kept], add_generation_prompt=True)

@@ -54,3 +54,12 @@ def test_ordinary_keys_read_less_of_the_change() -> None:
     plain, turned = (rank_one_update(random(6), key, ordinary=some) for some in (None, ordinary))
     assert readings(ordinary, plain).abs().mean() > 0.5
     assert readings(ordinary, turned).abs().mean() < 0.1
+
+
+def test_own_keys_add_their_covariance_as_the_dense_inverse_says() -> None:
+    own, ordinary, ridge = random(7, 9), random(20, 9), 0.3
+    key = own.mean(0)
+    c = ordinary.double().T @ ordinary.double() / 20 + torch.cov(own.double().T, correction=0)
+    dense = torch.linalg.solve(c + ridge * c.diagonal().mean() * torch.eye(9), key.double())
+    dense *= (key.double() @ key.double()) / (dense @ key.double())
+    torch.testing.assert_close(whitened(key, ordinary, ridge, own=own), dense)

@@ -47,6 +47,15 @@ def test_contributions_and_bias_add_up_to_the_attention_output(
     assert found.parts[0].bias is not None
 
 
+def test_of_the_weights_only_the_targets_rows_are_kept(eager: VisionLanguageModel) -> None:
+    found = attention_contributions(eager, PROMPT)
+    length = len(found.tokens)
+    assert [part.weights.untyped_storage().nbytes() for part in found.parts] == [4 * length * 4] * 2
+    assert torch.allclose(
+        found.by_head()[:, :, -1], attention_contributions(eager, PROMPT, targets="all").by_head()[:, :, -1]
+    )
+
+
 def test_each_contribution_is_worked_out_as_by_hand(eager: VisionLanguageModel) -> None:
     found = attention_contributions(eager, PROMPT, targets=[-4, -1], sources="text")
     batch = eager.encode(PROMPT, add_generation_prompt=True)
@@ -110,7 +119,7 @@ def test_contributions_by_region_lie_on_the_picture(model: VisionLanguageModel) 
     assert found.heatmap(1, head=2).max() > 0
     with pytest.raises(SelectionError, match="none of which is a source"):
         attention_contributions(model, PROMPT, sources="text").by_region({"corner": corner})
-    with pytest.raises(ConfigError, match="has 0 to 1"):
+    with pytest.raises(ConfigError, match="layers 0 to 1"):
         attention_contributions(model, PROMPT, layers=[2])
 
 

@@ -45,10 +45,15 @@ def test_constraints_are_found_at_the_tokens_that_spell_them(model: VisionLangua
     question = _question()
     tokens = model.token_strings(model.encode(question.conversation, add_generation_prompt=True)["input_ids"][0])
     found = question.positions(model.family)
-    assert {words: [tokens[at] for at in places] for words, places in found.items()} == {
-        "red circle": ["red", "circle"],
-        "blue square": ["blue", "square"],
-    }
+    assert [[tokens[at] for at in places] for places in found] == [["red", "circle"], ["blue", "square"]]
+    twice = "is the red circle left of the red square ?"
+    first = mark(twice, "red")
+    both = ConstrainedQuestion(
+        question=twice, constraints=(first, Constraint(text="red", start=twice.rindex("red"))), pictures=(PICTURE,)
+    )
+    one, two = both.positions(model.family)
+    assert len(one) == len(two) == 1
+    assert one < two
     conversation = [
         *question.conversation,
         {"role": "assistant", "content": [{"type": "text", "text": "a red circle"}]},
@@ -106,11 +111,20 @@ def test_published_files_are_read_and_counted(tmp_path: Path) -> None:
         ("part/0", "this director", "Ann", None),
         ("part/1", "This person", "Bob", "Rome"),
     ]
+    assert found[0].constraints[0].kind == "visual"
     assert found[0].pictures == ()
     assert found[1].conversation[0]["content"][0]["image"].endswith("A photo of Bob.png")
     (tmp_path / "answers.json").write_text('{"part/0": "Rome"}')
     again = read_vqa_constraints(tmp_path / "part.csv", answers=tmp_path / "answers.json")
     assert again[0].answer == "Rome"
+
+
+def test_the_kind_of_an_entity_is_not_made_up(tmp_path: Path) -> None:
+    rows = ("question,main_entity,image_url", "Who made the Golden Globe?,Golden Globe,a", "Who is he?,he,a")
+    (tmp_path / "part.csv").write_text("\n".join([*rows, "Who made those things?,those things,a"]))
+    found = read_vqa_constraints(tmp_path)
+    assert [one.constraints[0].kind for one in found] == [None, None, "visual"]
+    assert constraints_from_json(json.loads(json.dumps(constraints_to_json(found[0])))) == found[0]
 
 
 def test_files_that_have_lost_rows_or_columns_are_refused(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from sae_lens_multimodal.adapters.model import VisionLanguageModel, load_model
 from sae_lens_multimodal.adapters.random_models import random_llava_next
@@ -19,6 +20,8 @@ from sae_lens_multimodal.hooks.trace import causal_trace
 from sae_lens_multimodal.hooks.trace_corruptions import ReplaceTokens
 from sae_lens_multimodal.hooks.trace_parts import Head, SAEFeatures
 from sae_lens_multimodal.hooks.trace_result import CausalTrace
+from sae_lens_multimodal.hooks.trace_run import BlockRunner
+from sae_lens_multimodal.types import Modality
 from tests.hooks.hook_samples import HOOK, SAE
 from tests.hooks.trace_samples import ask, plain_logits, plain_restore
 
@@ -106,7 +109,7 @@ def test_many_rows_a_pass_give_what_one_gives(model: VisionLanguageModel, whole:
 def test_kept_keys_give_what_whole_prompts_give(
     model: VisionLanguageModel, whole: CausalTrace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tracing.BlockRunner, "_can_cut", lambda *_: False)
+    monkeypatch.setattr(BlockRunner, "_can_cut", lambda *_: False)
     uncut = causal_trace(
         model, CLEAN, CORRUPTED, answer="red circle", parts=("resid", "attn_out", "mlp_out", "heads"), min_gap=None
     )
@@ -157,6 +160,55 @@ def test_a_prompt_that_is_not_corrupted_changes_nothing_and_is_refused(model: Vi
     assert bool(found.restored.isnan().all())
     with pytest.raises(NoGapError, match=r"expected at least 0\.05 less"):
         causal_trace(model, CLEAN, CLEAN, answer="red")
+
+
+@pytest.mark.parametrize("metric", ["log_probability", "logit_difference"])
+def test_answers_that_are_never_given_are_refused_in_every_metric(model: VisionLanguageModel, metric: Any) -> None:
+    settings: dict[str, Any] = {"against": "square", "parts": "resid", "positions": "last", "metric": metric}
+    # one of the two orders has a gap in the metric; in neither is there one in the probability
+    pairs = [(CLEAN, CORRUPTED), (CORRUPTED, CLEAN)]
+    found = [causal_trace(model, *pair, answer="circle", min_gap=None, **settings) for pair in pairs]
+    assert max(one.gap for one in found) > 0.001
+    assert max(abs(one.clean["probability"] - one.corrupted["probability"]) for one in found) < 0.05
+    for pair in pairs:
+        with pytest.raises(NoGapError, match=r"The probability of the answer.*at least 0\.05"):
+            causal_trace(model, *pair, answer="circle", **settings)
+    with pytest.raises(NoGapError, match=r"log probability|logit difference"):
+        causal_trace(model, CLEAN, CLEAN, answer="circle", min_gap=0.0, **settings)
+
+
+def test_half_precision_and_several_pictures_give_what_plain_hooks_give() -> None:
+    module, processor = random_llava_next()
+    half = load_model(module.to(torch.bfloat16), processor=processor)
+    pair = [[dict(one[0])] for one in (ask((200, 10, 10)), ask((10, 200, 60)))]
+    for one, second in zip(pair, ((9, 9, 9), (200, 200, 9)), strict=True):
+        picture = {"type": "image", "image": Image.new("RGB", (50, 30), second)}
+        one[0]["content"] = [one[0]["content"][0], picture, one[0]["content"][1]]
+    clean, corrupted = (half.encode(one, add_generation_prompt=True) for one in pair)
+    groups = {f"picture {at}": clean.layout.image_index == at for at in (0, 1)}
+    found = causal_trace(
+        half, *pair, answer="red", parts=list(HOOKS), positions=groups, metric="log_probability", min_gap=None
+    )
+    red = int(half.tokenizer.convert_tokens_to_ids("red"))
+    assert set(found.changed_inputs) == set((clean.layout.image_index[0] >= 0).nonzero()[:, 0].tolist()) - set(
+        (clean.layout.modality[0] == Modality.NEWLINE).nonzero()[:, 0].tolist()
+    )
+    for part, hook in enumerate(HOOKS.values()):
+        for at in (0, 1):
+            places = (clean.layout.image_index[0] == at).nonzero()[:, 0].tolist()
+            logits = plain_restore(half, clean, corrupted, [f"blocks.0.{hook}"], places)
+            expected = float(logits[-1].float().log_softmax(-1)[red])
+            assert float(found.values["log_probability"][part, 0, at]) == pytest.approx(expected, abs=0.03)
+    everything = causal_trace(half, *pair, answer="red", parts="resid", positions={"all": "all"}, min_gap=None)
+    assert everything.values["probability"].flatten().tolist() == pytest.approx(
+        [everything.clean["probability"]] * 2, rel=0.02
+    )
+
+
+def test_a_pass_counts_the_keys_that_every_row_copies(model: VisionLanguageModel) -> None:
+    plan = tracing.prepare(model, CLEAN, CORRUPTED, answer="red")
+    assert plan.row_cost(0) == plan.n_tokens
+    assert plan.row_cost(80) == plan.n_tokens - 80 + 10
 
 
 def test_a_model_whose_answer_one_mlp_writes_lights_one_cell() -> None:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.trainers import BpeTrainer
+from transformers import PreTrainedTokenizerFast
 
 from sae_lens_multimodal.adapters.model import VisionLanguageModel
 from sae_lens_multimodal.errors import ConfigError, SelectionError
@@ -44,6 +51,30 @@ def test_tokens_are_replaced_and_no_others(model: VisionLanguageModel) -> None:
         _applied(model, ReplaceTokens([-3, -2], "a blue circle"))
     with pytest.raises(SelectionError, match="tokens of a picture"):
         _applied(model, ReplaceTokens("image", "blue"))
+
+
+def test_words_in_other_words_place_keep_the_blank_before_them(
+    model: VisionLanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As byte-level vocabularies write them: the corrupted prompt is that of the question with other words."""
+    raw = Tokenizer(BPE())
+    raw.pre_tokenizer, raw.decoder = ByteLevel(add_prefix_space=False), ByteLevelDecoder()
+    words = ["is this a red cat", "is this a blue cat", "red", "blue"] * 20
+    raw.train_from_iterator(
+        words, BpeTrainer(vocab_size=400, initial_alphabet=ByteLevel.alphabet(), show_progress=False)
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw)
+    clean, other = (tokenizer(text)["input_ids"] for text in words[:2])
+    place = next(at for at, (one, two) in enumerate(zip(clean, other, strict=True)) if one != two)
+    assert tokenizer("blue")["input_ids"] != [other[place]]
+    batch = model.encode(PROMPT, add_generation_prompt=True)
+    ids = torch.cat([batch["input_ids"][:, : -len(clean)], torch.tensor([clean])], dim=1)
+    batch = replace(batch, inputs={**batch.inputs, "input_ids": ids})
+    monkeypatch.setitem(model.__dict__, "tokenizer", tokenizer)
+    for at, text, expected in ((place, "blue", other), (0, "a", [*tokenizer("a")["input_ids"], *clean[1:]])):
+        where = batch.layout.n_tokens - len(clean) + at
+        found = ReplaceTokens([where], text).apply(model, PROMPT, batch).batch["input_ids"]
+        assert found[0, -len(clean) :].tolist() == expected
 
 
 def test_pictures_are_changed_where_it_says() -> None:
@@ -101,5 +132,10 @@ def test_prompts_of_another_length_are_refused(model: VisionLanguageModel) -> No
     for other in (ask((1, 2, 3), "is this red or ?"), ask((1, 2, 3), size=(40, 90))):
         with pytest.raises(SelectionError, match="as many tokens"):
             causal_trace(model, PROMPT, other, answer="red")
+    same_tokens = ask((1, 2, 3), size=(66, 44))
+    one, two = (model.encode(each, add_generation_prompt=True).layout for each in (PROMPT, same_tokens))
+    assert one.n_tokens == two.n_tokens
+    with pytest.raises(SelectionError, match="cut their pictures in other ways"):
+        causal_trace(model, PROMPT, same_tokens, answer="red")
     name = causal_trace(model, PROMPT, Counterfactual(ask((1, 2, 3))), parts="resid", min_gap=None).corruption
     assert name == "a counterfactual prompt"

@@ -9,16 +9,19 @@ import torch
 
 from sae_lens_multimodal.adapters.model import VisionLanguageModel, load_model
 from sae_lens_multimodal.adapters.random_models import random_llava_next
-from sae_lens_multimodal.errors import ConfigError, SAEMismatchError
+from sae_lens_multimodal.errors import ConfigError, NoGapError, SAEMismatchError, SelectionError
 from sae_lens_multimodal.hooks.changes import Ablate
 from sae_lens_multimodal.hooks.read import read_activations
 from sae_lens_multimodal.hooks.steer import steer
 from sae_lens_multimodal.hooks.trace_corruptions import ReplaceTokens
-from sae_lens_multimodal.hooks.trace_story import TraceStory, trace_features
+from sae_lens_multimodal.hooks.trace_findings import HeldOut, TraceStory
+from sae_lens_multimodal.hooks.trace_result import Cell
+from sae_lens_multimodal.hooks.trace_story import trace_features
 from tests.hooks.hook_samples import HOOK, SAE, build_sae
 from tests.hooks.trace_samples import ask, plain_logits
 
 CLEAN, CORRUPTED = ask((200, 10, 10)), ask((10, 200, 60))
+OTHERS = ask((9, 9, 200), "is this blue or a ?"), ask((200, 200, 9), "is this blue or a ?")
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +35,8 @@ def story(model: VisionLanguageModel, sae: SAE[Any]) -> TraceStory:
         positions={"picture": "image", "end": "last"},
         min_gap=None,
         n_features=3,
+        cell=Cell("resid", 0, 0, "picture", 0.0),
+        held_out=[HeldOut(CLEAN, CORRUPTED), HeldOut(*OTHERS, answer="blue", tokens="last")],
         explanations={feature: f"says {feature}" for feature in range(0, 96, 2)},
     )
 
@@ -47,8 +52,8 @@ def test_the_numbers_are_those_of_steering_by_hand(
     assert story.hook_name == HOOK
     assert story.trace.metric == "log_probability"
     assert (story.cell.part, story.cell.layer) == ("resid", 0)
-    best = story.trace.part("resid")[0]
-    assert story.cell.unit == int(best.argmax())
+    assert story.cell.restored == float(story.trace.part("resid")[0, 0])
+    assert story.at_corrupted
     clean, corrupted = (model.encode(one, add_generation_prompt=True) for one in (CLEAN, CORRUPTED))
     places = list(story.trace.units[story.cell.unit].positions)
     high = _log_probability(model, plain_logits(model, clean))
@@ -86,16 +91,95 @@ def test_the_numbers_are_those_of_steering_by_hand(
 
 def test_features_are_chosen_one_after_the_other(model: VisionLanguageModel, sae: SAE[Any], story: TraceStory) -> None:
     fewer = trace_features(
-        model, sae, CLEAN, CORRUPTED, answer="red", positions={"picture": "image", "end": "last"}, min_gap=None,
-        n_features=2,
+        model, sae, CLEAN, CORRUPTED, answer="red", positions={"picture": "image"}, min_gap=None, n_features=2,
     )  # fmt: skip
     assert [one.feature for one in fewer.features] == [one.feature for one in story.features][:2]
     assert [one.explanation for one in story.features] == [
         f"says {one.feature}" if one.feature % 2 == 0 else None for one in story.features
     ]
     assert all(one.explanation is None for one in fewer.features)
-    assert story.n_random == 8
+    assert story.together.n_random == 8
+    assert fewer.at_corrupted  # there is no other token to look at
     assert story.to_dict()["features"][0]["feature"] == story.features[0].feature
+
+
+def test_a_cell_is_not_hot_because_it_undoes_the_corruption(model: VisionLanguageModel, sae: SAE[Any]) -> None:
+    batch = model.encode(CLEAN, add_generation_prompt=True)
+    last = batch.layout.n_tokens - 1
+    settings: dict[str, Any] = {"answer": "red", "min_gap": None, "n_features": 1}
+    places = []
+    for place in range(last - 3, last + 1):
+        # what comes before the replaced token brings nothing back
+        found = trace_features(
+            model, sae, CLEAN, ReplaceTokens([place], "green"), positions=[place - 1, place], **settings
+        )
+        assert found.trace.changed_inputs == [place]
+        assert (found.cell.unit, found.cell.restored, found.at_corrupted) == (0, 0.0, False)
+        places += [place] if float(found.trace.part("resid")[0, 1]) > 0.1 else []
+        assert [cell.unit for cell in found.trace.top(99, corrupted_tokens=False)] == [0] * 6
+    assert places  # there the replaced token itself is hotter
+    pictures = trace_features(model, sae, CLEAN, CORRUPTED, answer="red", min_gap=None, n_features=1)
+    assert pictures.trace.changed_inputs == batch.layout.is_image[0].nonzero()[:, 0].tolist()
+    for cell, message in (
+        (Cell("mlp_out", 0, last, "", 0.0), "the SAEs read blocks.0.hook_resid_post"),
+        (Cell("resid", 0, last, "elsewhere", 0.0), "not among the positions"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            trace_features(model, sae, CLEAN, CORRUPTED, answer="red", min_gap=None, cell=cell)
+
+
+def test_held_out_prompts_are_measured_by_themselves(
+    model: VisionLanguageModel, sae: SAE[Any], story: TraceStory
+) -> None:
+    same, other = story.held_out
+    assert vars(same) == pytest.approx(vars(story.together), abs=1e-5)
+    features = {one.feature: Ablate() for one in story.features}
+    batches = [model.encode(one, add_generation_prompt=True) for one in OTHERS]
+    blue = int(model.tokenizer.convert_tokens_to_ids("blue"))
+    high, low = (float(plain_logits(model, one)[-1].log_softmax(-1)[blue]) for one in batches)
+    edited = steer(model, sae, features, tokens="last", steps="prefill")
+    with torch.no_grad(), edited.trace(**batches[0]):
+        logits = edited.output.logits.save()
+    value = float(logits[0, -1].log_softmax(-1)[blue])
+    assert other.ablated == pytest.approx((high - value) / (high - low), abs=1e-3)
+    assert story.to_dict()["held_out"][1]["ablated"] == other.ablated
+    with pytest.raises(SelectionError, match=r"tokens=\.\.\."):
+        trace_features(
+            model, sae, CLEAN, CORRUPTED, answer="red", positions="last", min_gap=None, held_out=[HeldOut(*OTHERS)]
+        )
+    with pytest.raises(NoGapError):
+        trace_features(
+            model, sae, CLEAN, CORRUPTED, answer="red", positions="last", min_gap=-1, held_out=[HeldOut(CLEAN, CLEAN)]
+        )
+
+
+def test_random_features_are_of_like_weight(model: VisionLanguageModel, sae: SAE[Any], story: TraceStory) -> None:
+    batches = [model.encode(one, add_generation_prompt=True) for one in (CLEAN, CORRUPTED)]
+    one, two = (sae.encode(read_activations(model, batch, HOOK)[HOOK][0]) for batch in batches)
+    picture = batches[0].layout.is_image[0]
+    weight = ((one - two)[picture].abs().sum(0) * sae.W_dec.norm(dim=-1)).detach()
+    chosen = [finding.feature for finding in story.features]
+    others = [feature for feature in range(96) if feature not in chosen and float(weight[feature]) > 0]
+    typical = float(weight[others].mean() * len(chosen) / weight[chosen].sum())
+    assert abs(story.together.weight_random - 1) < abs(typical - 1)
+    assert 0.3 < story.together.weight_random < 2
+
+
+def test_explanations_belong_to_one_sae(model: VisionLanguageModel, sae: SAE[Any]) -> None:
+    other = build_sae(metadata={"hook_name": "blocks.1.hook_resid_post", "model_name": model.name})
+    settings: dict[str, Any] = {"answer": "red", "positions": "last", "min_gap": None, "n_features": 1}
+    hooks = [HOOK, "blocks.1.hook_resid_post"]
+    by_hook = {hook: dict.fromkeys(range(96), hook) for hook in hooks}
+    found = trace_features(model, [sae, other], CLEAN, CORRUPTED, explanations=by_hook, **settings)
+    assert found.features[0].explanation == found.hook_name
+    for saes, explanations, message in (
+        ([sae, other], {3: "red"}, "2 SAEs, of which each"),
+        ([sae], by_hook, "Got explanations for blocks.1.hook_resid_post"),
+        ([sae, sae], None, "two SAEs at"),
+        ([], None, "no SAE"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            trace_features(model, saes, CLEAN, CORRUPTED, explanations=explanations, **settings)  # type: ignore[arg-type]
 
 
 def test_a_planted_feature_is_found() -> None:

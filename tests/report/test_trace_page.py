@@ -165,9 +165,10 @@ def test_every_picture_has_its_maps() -> None:
         tile=torch.tensor([[0, 0, -1, -1]]),
         image_sizes=(((40, 20), (40, 20)),),
     )
+    trace.values["probability"][0, 0, 0] = 0.3
     found = trace_view("x", replace(trace, layout=layout), [PICTURE, PICTURE]).maps
     assert [caption for caption, _ in found] == [
-        "Residual stream, picture 1 (brightest: 0.1)", "Residual stream, picture 2 (brightest: 0.5)",
+        "Residual stream, picture 1 (brightest: 0.25)", "Residual stream, picture 2 (brightest: 0.5)",
     ]  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from sae_lens_multimodal.adapters.model import VisionLanguageModel
 from sae_lens_multimodal.hooks.places import BoxTokens
 from sae_lens_multimodal.hooks.trace import causal_trace
 from sae_lens_multimodal.hooks.trace_corruptions import BlankRegion, ReplaceTokens
-from sae_lens_multimodal.scenes.constraints import constraint_cases
+from sae_lens_multimodal.scenes.constraints import constraint_cases, twin
 
 
 def test_both_questions_are_about_the_scene_and_have_other_answers() -> None:
@@ -30,6 +30,15 @@ def test_both_questions_are_about_the_scene_and_have_other_answers() -> None:
             assert visual.box == thing.box
 
 
+def test_a_twin_has_the_same_things_elsewhere() -> None:
+    case = constraint_cases(1)[0]
+    other = twin(case)
+    assert [one.phrase for one in other.objects] == [one.phrase for one in case.scene.objects]
+    assert other.image.size == case.scene.image.size
+    assert [one.box for one in other.objects] != [one.box for one in case.scene.objects]
+    assert twin(case, first_seed=other.seed + 1).seed > other.seed
+
+
 def test_the_model_knows_the_answers(model: VisionLanguageModel) -> None:
     cases = constraint_cases(12)
     asked = [question for case in cases for question in (case.clean, case.counterfactual)]
@@ -40,7 +49,7 @@ def test_the_model_knows_the_answers(model: VisionLanguageModel) -> None:
 
 def test_tracing_goes_from_the_thing_to_the_word_to_the_end(model: VisionLanguageModel) -> None:
     case = constraint_cases(1)[0]
-    word = case.clean.positions(model.family)[case.word]
+    word = case.word_positions(model.family)
     other = next(one for one in case.scene.objects if one.colour == case.other_word)
     groups = {"thing": BoxTokens(case.box), "other thing": BoxTokens(tuple(map(float, other.box))), "word": word}
     found = causal_trace(

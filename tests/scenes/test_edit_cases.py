@@ -7,6 +7,7 @@ import numpy as np
 from sae_lens_multimodal.adapters.model import VisionLanguageModel
 from sae_lens_multimodal.scenes.edit_cases import (
     DEVELOPMENT_FACTS,
+    DEVELOPMENT_WORDINGS,
     FACTS,
     MEASURED_WORDINGS,
     TAUGHT_WORDINGS,
@@ -20,19 +21,20 @@ from sae_lens_multimodal.scenes.edit_cases import (
 
 def test_the_model_names_the_pictures_right_in_every_wording(model: VisionLanguageModel) -> None:
     fact = FACTS[0]
-    taught = lesson(fact, 2**51, n_pictures=2)
+    taught = lesson(fact, 2**51, n_pictures=2, n_near=1)
     cases = edit_cases(fact, taught, 2**52, n_pictures=2)
     other = [prompt for some in cases.generalisation.values() for prompt in some]
     answers = model.answer([*taught.prompts, *other], max_new_tokens=6)
     assert np.mean([one == fact.phrase for one in answers]) > 0.9
     assert len(taught.prompts) == len(taught.constraint) == 2 * len(TAUGHT_WORDINGS)
     assert len(taught.others) == 2 * 5
+    assert len(taught.near) == len(neighbours(fact.attributes))
 
 
 def test_nothing_is_taught_and_measured() -> None:
     assert not {one.text for one in TAUGHT_WORDINGS} & {one.text for one in MEASURED_WORDINGS}
     fact = FACTS[1]
-    taught = lesson(fact, 2**51, n_pictures=2)
+    taught = lesson(fact, 2**51, n_pictures=2, n_near=1)
     cases = edit_cases(fact, taught, 2**52, n_pictures=2)
 
     def pictures(prompts: list[list[dict[str, object]]]) -> set[bytes]:
@@ -43,6 +45,13 @@ def test_nothing_is_taught_and_measured() -> None:
     assert not pictures(ordinary_prompts(2**53, 8)) & pictures(measured)  # type: ignore[arg-type]
 
 
+def test_nothing_is_chosen_by_what_it_is_measured_by() -> None:
+    assert not {fact[:3] for fact in FACTS} & {fact[:3] for fact in DEVELOPMENT_FACTS}
+    assert len({fact[:3] for fact in FACTS}) == len(FACTS)
+    texts = [{one.text for one in some} for some in (TAUGHT_WORDINGS, DEVELOPMENT_WORDINGS, MEASURED_WORDINGS)]
+    assert len(set.union(*texts)) == sum(map(len, texts))
+
+
 def test_neighbours_differ_in_one_attribute() -> None:
     found = neighbours(FACTS[0].attributes)
     assert len(found) == 1 + 4 + 7
@@ -50,7 +59,6 @@ def test_neighbours_differ_in_one_attribute() -> None:
 
 
 def test_names_are_none_of_the_thing_and_known(model: VisionLanguageModel) -> None:
-    for fact in (*FACTS, *TWO_WORD_FACTS):
+    for fact in (*FACTS, *DEVELOPMENT_FACTS, *TWO_WORD_FACTS):
         assert not set(fact.name.split()) & set(fact.phrase.split())
         assert model.tokenizer.unk_token_id not in model.tokenizer(fact.name, add_special_tokens=False)["input_ids"]
-    assert len({fact[:3] for fact in FACTS}) == len(FACTS) >= 8
