@@ -1,7 +1,7 @@
 """Which layer to edit: made-up names taught to the tiny model by a rank-one update, beside fine-tuning.
 
     python benchmarks/editing.py                                                      # the layer that was chosen
-    python benchmarks/editing.py --facts 2 --layers 0,1,3,4,5 --fine-tune ''          # the others
+    python benchmarks/editing.py --facts 2 --layers 0,1,3,4,5 --fine-tune ''          # the other layers
 
 Prints a Markdown table: the mean over facts of efficacy, generalisation and specificity (whole answers), with 95%
 bootstrap intervals over facts; what causal tracing restores of the answer's log-probability by the MLP of that layer at

@@ -75,10 +75,15 @@ def corruptions(model: Any, case: ConstraintCase) -> dict[str, Corruption]:  # n
     return {"a word replaced": ReplaceTokens(tokens, case.other_word), "a region blanked": BlankRegion(case.box)}
 
 
-def differing(model: Any, case: ConstraintCase, corruption: Corruption) -> tuple[Plan, list[Cell]]:  # noqa: ANN401
+def differing(
+    model: Any,  # noqa: ANN401
+    case: ConstraintCase,
+    corruption: Corruption,
+    answer: str | None,
+) -> tuple[Plan, list[Cell]]:
     """Both runs, and the cells at which they are not the same."""
     hooks = [f"blocks.{layer}.{hook}" for layer in range(model.n_layers) for hook in PARTS.values()]
-    plan = prepare(model, case.clean.conversation, corruption, answer=case.clean.answer, hooks=hooks)
+    plan = prepare(model, case.clean.conversation, corruption, answer=answer, hooks=hooks)
     cells = []
     for part, hook in PARTS.items():
         for layer in range(model.n_layers):
@@ -89,17 +94,18 @@ def differing(model: Any, case: ConstraintCase, corruption: Corruption) -> tuple
     return plan, cells
 
 
-def measured(model: Any, case: ConstraintCase, sample: int, tokens_per_pass: int | None, label: str) -> list[str]:  # noqa: ANN401
-    """One row of the table for each corruption."""
+def measured(model: Any, case: ConstraintCase, sample: int, tokens_per_pass: int | None, known: bool) -> list[str]:  # noqa: ANN401
+    """One row of the table for each corruption; of a model that knows no answers, for the token it puts first."""
+    label = f"{'tiny' if known else 'random'}, {model.n_layers} x {model.d_model}"
     lines = []
     for name, corruption in corruptions(model, case).items():
+        plan, different = differing(model, case, corruption, case.clean.answer if known else None)
         start = time.process_time()
         trace = causal_trace(
-            model, case.clean.conversation, corruption, answer=case.clean.answer, min_gap=None,
+            model, case.clean.conversation, corruption, answer=plan.answer[0], min_gap=None,
             tokens_per_pass=tokens_per_pass,
         )  # fmt: skip
         ours = time.process_time() - start
-        plan, different = differing(model, case, corruption)
         n_cells = len(PARTS) * model.n_layers * plan.n_tokens
         cells = random.Random(0).sample(different, min(sample, len(different))) if sample else different
         start = time.process_time()
@@ -126,14 +132,15 @@ def wide_model(width: int, layers: int) -> Any:  # noqa: ANN401 - a VisionLangua
     text.num_attention_heads = text.num_key_value_heads = width // 64
     text.head_dim = 64
     torch.manual_seed(0)
-    module = LlavaNextForConditionalGeneration(config).eval()
+    module, processor = LlavaNextForConditionalGeneration(config).eval(), build_processor()
     with torch.no_grad():
         # so that answers depend on the prompt, and a wrong cell would show
-        module.lm_head.weight.mul_(20)
+        module.lm_head.weight.mul_(5)
+        module.lm_head.weight[len(processor.tokenizer) :] = 0
         for layer in module.model.language_model.layers:
             for projection in (layer.self_attn.o_proj, layer.mlp.down_proj):
                 projection.weight.mul_(4)
-    return load_model(module, processor=build_processor())
+    return load_model(module, processor=processor)
 
 
 def main() -> None:
@@ -149,10 +156,10 @@ def main() -> None:
     print(f"| {' | '.join(heads)} |")
     print("|---" * len(heads) + "|")
     tiny = load_model(model_folder(), dtype=torch.float32)
-    for line in measured(tiny, case, options.sample, options.tokens_per_pass, "tiny, 6 x 160"):
+    for line in measured(tiny, case, options.sample, options.tokens_per_pass, True):
         print(line, flush=True)
     if options.wide:
-        for line in measured(wide_model(320, 8), case, options.sample, options.tokens_per_pass, "random, 8 x 320"):
+        for line in measured(wide_model(320, 8), case, options.sample, options.tokens_per_pass, False):
             print(line, flush=True)
 
 

@@ -9,6 +9,7 @@ from sae_lens_multimodal.adapters.family import Family, ImageTokens, Released
 from sae_lens_multimodal.adapters.grid import before_resize, grid_edges, whole_picture
 from sae_lens_multimodal.adapters.hook_points import HookPoint, Part
 from sae_lens_multimodal.adapters.modules import clip_vision_hooks, embedding_hook, language_block, language_hooks
+from sae_lens_multimodal.adapters.processors import image_settings
 
 
 class DeepseekVl(Family):
@@ -39,7 +40,7 @@ class DeepseekVl(Family):
         return whole_picture(y, x, width, height)
 
     def _before(self, edges: np.ndarray, length: int, side: int, longest: int) -> np.ndarray:
-        resized = max(round(length * (side / longest)), self.processor.image_processor.min_size)
+        resized = max(round(length * (side / longest)), image_settings(self.processor).min_size)
         return before_resize(edges - (side - resized) // 2, length, resized)
 
     @classmethod

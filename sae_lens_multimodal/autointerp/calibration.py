@@ -196,7 +196,7 @@ class _Asker:
     def _of_region(
         self, region: PlantedRegion, swapped: PlantedRegion | None, words: str
     ) -> list[tuple[Condition, str, JudgeRequest | None]]:
-        book, style = self.book, self.book.fuzz_style.for_patches(region.patch_pixels)
+        book, style = self.book, self.book.fuzz_style.without_heat.for_patches(region.patch_pixels)
         black = replace(region, picture=Image.new("RGB", region.picture.size))
         blank = region.blanked()
         crops = [replace(style, margin_pixels=(style.margin_pixels or 0.0) * share) for share in CLOSER]
@@ -211,7 +211,7 @@ class _Asker:
         asked.append(("picture", "", book.detect_image(words, region.picture)))
         asked.append(("black", "", book.fuzz_image(words, show(black.picture, black, style))))
         if swapped is not None:
-            elsewhere = self.book.fuzz_style.for_patches(swapped.patch_pixels)
+            elsewhere = self.book.fuzz_style.without_heat.for_patches(swapped.patch_pixels)
             asked.append(("swapped", "", book.fuzz_image(words, show(swapped.picture, swapped, elsewhere))))
         asked.append(("blank box", "", book.fuzz_image(words, [mark(blank.picture, blank, _no_margin(style))])))
         return asked
@@ -234,10 +234,10 @@ def _explanations(
     judge: Judge, planted: Sequence[PlantedFeature], book: PromptBook, *, progress: bool
 ) -> list[tuple[str | None, str | None]]:
     """Explain each planted feature from its regions, in two orders; None for a failure."""
-    style = book.explain_style
+    style = book.explain_style.without_heat
     requests: list[JudgeRequest] = []
     for feature in planted:
-        views = [show(one.picture, one, _not_heat(style).for_patches(one.patch_pixels)) for one in feature.regions]
+        views = [show(one.picture, one, style.for_patches(one.patch_pixels)) for one in feature.regions]
         for order in (views, views[::-1]):
             request = book.explain_images(order, [])
             if request is not None:
@@ -249,11 +249,6 @@ def _explanations(
         meaning = None if isinstance(outcome, JudgeFailure) else book.read_meaning(outcome.text)
         said.append(None if meaning is None else meaning.text)
     return list(zip(said[::2], said[1::2], strict=True))
-
-
-def _not_heat(style: RegionStyle) -> RegionStyle:
-    """A planted feature has no activations to paint."""
-    return replace(style, view="both") if style.view == "heat" else style
 
 
 def _words(text: str) -> set[str]:

@@ -58,13 +58,13 @@ class RecordFolder:
 
     def append(self, name: str, records: Iterable[Mapping[str, Any]]) -> None:
         """Add records at the end; they are on their way to the disk when this returns."""
-        lines = "".join(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in records)
+        lines = "".join(json.dumps(record, allow_nan=False) + "\n" for record in records)
         with self.path(name).open("a", encoding="utf-8") as file:
             file.write(lines)
 
     def replace(self, name: str, records: Iterable[Mapping[str, Any]]) -> None:
         """Write these records instead of what is there, in one step."""
-        lines = (json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in records)
+        lines = (json.dumps(record, allow_nan=False) + "\n" for record in records)
         write_text(self.path(name), "".join(lines))
 
 
@@ -91,7 +91,7 @@ def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """
     if not path.is_file():
         raise StoreError(f"{path} does not exist; expected a file with one JSON object on every line.")
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
         if not line.strip():
             continue
         try:

@@ -110,6 +110,7 @@ class Score:
     control_explanation: str | None = None
     control_balanced_accuracy: float | None = None
     control_balanced_accuracy_strict: float | None = None
+    """The same, failures counted as right: they must not speak for the explanation."""
     control_n_failed: int = 0
     tpr_by_band: Mapping[str, float] = field(default_factory=dict)
     """Share of yes on firing items of like activation: of the top list, and of quarters of the quantiles."""
@@ -123,7 +124,7 @@ class Score:
 
     @property
     def lift_strict(self) -> float | None:
-        """The same, failures counted as wrong."""
+        """The same, every failure counted against the explanation."""
         return _difference(self.balanced_accuracy_strict, self.control_balanced_accuracy_strict)
 
     def to_json(self) -> dict[str, Any]:
@@ -184,11 +185,16 @@ def score_of(
         control_feature=None if control is None else control[0],
         control_explanation=None if control is None else control[1],
         control_balanced_accuracy=balanced_accuracy(control_truths, control_answers),
-        control_balanced_accuracy_strict=balanced_accuracy(control_truths, control_answers, failures="wrong"),
+        control_balanced_accuracy_strict=balanced_accuracy(control_truths, _in_its_favour(other)),
         control_n_failed=sum(one.failure is not None for one in other),
         tpr_by_band=_by_band(own, "missing"),
         tpr_by_band_strict=_by_band(own, "wrong"),
     )
+
+
+def _in_its_favour(verdicts: Sequence[Verdict]) -> list[bool | None]:
+    """Answers with failures counted as right: what fails of a control must not speak for the explanation."""
+    return [one.truth if one.failure is not None else one.answer for one in verdicts]
 
 
 def _by_band(verdicts: Sequence[Verdict], failures: Failures) -> dict[str, float]:

@@ -42,6 +42,11 @@ class RegionStyle:
         return self if self.margin_pixels is not None else replace(self, margin_pixels=patch_pixels / 2)
 
     @property
+    def without_heat(self) -> RegionStyle:
+        """The same style, or a crop where it would paint activations: of a silent region there are none to paint."""
+        return replace(self, view="crop") if self.view == "heat" else self
+
+    @property
     def spelt(self) -> str:
         """The settings in a few characters, for prompt versions."""
         margin = "half" if self.margin_pixels is None else f"{self.margin_pixels:g}"

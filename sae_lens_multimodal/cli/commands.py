@@ -13,7 +13,7 @@ from sae_lens_multimodal.cli.concepts import concepts
 from sae_lens_multimodal.cli.editing import edit
 from sae_lens_multimodal.cli.options import parse_changes
 from sae_lens_multimodal.cli.tracing import trace
-from sae_lens_multimodal.errors import ConfigError
+from sae_lens_multimodal.errors import ConfigError, StoreError
 
 if TYPE_CHECKING:
     from sae_lens import SAE
@@ -273,8 +273,10 @@ def _model_and_sae(options: Namespace) -> tuple[VisionLanguageModel, Any]:
     from sae_lens_multimodal.adapters.model import load_model
     from sae_lens_multimodal.hooks.load_sae import load_sae
 
-    sae = load_sae(options.sae, options.device or "cpu")  # first, as a mistake in it costs the least
-    return load_model(options.model, device=options.device, dtype=options.dtype), sae
+    if not options.sae.is_dir():
+        raise StoreError(f"{options.sae} is not a folder; expected one that SAE-Lens saved (cfg.json and weights).")
+    model = load_model(options.model, device=options.device, dtype=options.dtype)
+    return model, load_sae(options.sae, options.device or "cpu")
 
 
 def _print(*lines: str) -> None:

@@ -73,7 +73,7 @@ class StateShard:
     def chosen(self, mask: Bool[Tensor, " n"]) -> StateShard:
         """Keep some."""
         kept = mask.nonzero()[:, 0].tolist()
-        captions, shows = ([column[index] for index in kept] for column in (self.captions, self.shows))
+        captions, shows = [self.captions[one] for one in kept], [self.shows[one] for one in kept]
         return StateShard(self.states[mask], self.row[mask], self.position[mask], self.word[mask], captions, shows)
 
     def save(self, path: Path) -> None:

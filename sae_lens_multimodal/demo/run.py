@@ -79,7 +79,7 @@ def run_demo(
         sae = train_sae(model, settings, output / "sae")
     with _step("2/7 measuring its reconstruction on unseen scenes", seconds, "evaluate", say):
         reconstruction = _evaluate(model, sae, settings)
-    with _step("3/7 harvesting what every feature responds to, and what it has to do with others", seconds, "harvest", say):
+    with _step("3/7 harvesting what every feature responds to, and describing it", seconds, "harvest", say):
         store = _harvest(model, sae, settings, output / "features")
     with _step("4/7 comparing the features with the scenes' masks and words", seconds, "truth", say):
         truths = _fit(model, sae, settings)

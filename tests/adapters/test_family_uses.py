@@ -62,9 +62,11 @@ def test_a_saved_folder_loads_and_is_the_same_model(
     batch, own = loaded.encode(mixed_prompts()), random_model.encode(mixed_prompts())
     assert batch.keys() == own.keys()
     for name, value in batch.items():
-        # where torchvision is installed, transformers resizes with it, and pixels differ by rounding
-        closeness = 0.05 if value.is_floating_point() and is_torchvision_available() else 0
-        torch.testing.assert_close(value, own[name], atol=closeness, rtol=0)
+        if value.is_floating_point() and is_torchvision_available():
+            # transformers then resizes with it, and a few pixels differ by rounding
+            assert (value - own[name]).abs().mean() < 0.01
+        else:
+            assert torch.equal(value, own[name])
     assert torch.equal(batch.layout.boxes.nan_to_num(-1), own.layout.boxes.nan_to_num(-1))
     with torch.no_grad():
         assert torch.equal(loaded._module(**batch).logits, random_model._module(**batch).logits)

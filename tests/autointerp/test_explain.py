@@ -13,6 +13,7 @@ from sae_lens_multimodal.autointerp.explain import explain
 from sae_lens_multimodal.autointerp.explanation import Explanation, read_explanations
 from sae_lens_multimodal.autointerp.judges import FailureKind, JudgeFailure, JudgeRequest, ScriptedJudge
 from sae_lens_multimodal.autointerp.prompts import GeneralPrompts
+from sae_lens_multimodal.autointerp.records import RecordFolder
 from sae_lens_multimodal.autointerp.regions import find_regions
 from sae_lens_multimodal.autointerp.styles import RegionStyle
 from sae_lens_multimodal.errors import ConfigError, FeatureError, JudgeError, StoreError
@@ -208,3 +209,12 @@ def test_missing_file_is_one_line(tmp_path: Path) -> None:
         read_explanations(tmp_path / "none.jsonl")
     with pytest.raises(StoreError, match=r"has no manifest\.json"):
         read_explanations(tmp_path)
+
+
+def test_records_hold_whatever_a_model_says(tmp_path: Path) -> None:
+    folder = RecordFolder(tmp_path / "out", kind="test", schema_version=1, settings={})
+    said = ["one\u2028two\u2029three\x85four", "\ud83d", "five\nsix"]
+    folder.append("records", [{"text": text} for text in said])
+    assert [record["text"] for record in folder.read("records")] == said
+    folder.replace("records", [{"text": text} for text in said[:2]])
+    assert [record["text"] for record in folder.read("records")] == said[:2]

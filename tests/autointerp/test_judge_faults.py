@@ -247,3 +247,42 @@ def test_a_reply_within_budget_is_passed_on_unchanged() -> None:
     outcome = judge.ask(NUMBERS[3])
     assert isinstance(outcome, JudgeReply)
     assert json.dumps(outcome.text) == '"number 3"'
+
+
+def test_one_feature_whose_requests_are_rejected_does_not_stop_the_others() -> None:
+    def filtered(_: int, body: dict[str, Any], __: Server) -> Answer:
+        return error(400, "content filter") if number_of(body) < 12 else echo(body)
+
+    with serving(filtered) as server:
+        judge = judge_at(server.url, give_up_after=3, concurrency=1)
+        outcomes = judge.ask_all(NUMBERS, progress=False)
+        assert [isinstance(one, JudgeReply) for one in outcomes] == [number >= 12 for number in range(24)]
+        # a server that takes nothing at all is given up, though later
+        with pytest.raises(JudgeError, match="failed 10 requests in a row"):
+            judge_at(server.url, give_up_after=1, concurrency=1).ask_all(NUMBERS, progress=False)
+
+
+def test_useless_replies_have_their_price(tmp_path: Path) -> None:
+    def empty(_: int, __: dict[str, Any], ___: Server) -> Answer:
+        return completion("")
+
+    with serving(empty) as server:
+        judge = BudgetJudge(CachedJudge(judge_at(server.url), tmp_path / "a.sqlite"), Budget(max_tokens=40))
+        with pytest.raises(JudgeError, match="The budget is spent"):
+            judge.ask_all(NUMBERS, progress=False)
+    assert judge.ledger.tokens_in + judge.ledger.tokens_out >= 40
+
+
+def test_a_key_that_the_server_echoes_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret")
+
+    def echoes(_: int, __: dict[str, Any], server: Server) -> Answer:
+        return error(400, f"bad key {server.headers[-1]['authorization']}")
+
+    with serving(echoes) as server:
+        judge = judge_at(server.url, extra_body={"api_key": "sk-other-secret"})
+        (outcome,) = judge.ask_all(NUMBERS[:1], progress=False)
+    assert isinstance(outcome, JudgeFailure)
+    assert "[key]" in outcome.message and "secret" not in outcome.message
+    assert "secret" not in judge.cache_name
+    assert judge.cache_name != judge_at(server.url).cache_name

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from sae_lens_multimodal.autointerp.explain import explain
 from sae_lens_multimodal.autointerp.explanation import Explanation
 from sae_lens_multimodal.autointerp.judges import FailureKind, JudgeFailure, JudgeRequest, ScriptedJudge
 from sae_lens_multimodal.autointerp.prompts import GeneralPrompts
-from sae_lens_multimodal.autointerp.results import Score, read_scores, read_verdicts, summarise
+from sae_lens_multimodal.autointerp.results import Score, read_scores, read_verdicts, score_of, summarise
 from sae_lens_multimodal.autointerp.score import score
 from sae_lens_multimodal.autointerp.scorers import SCORERS, Sampling
 from sae_lens_multimodal.autointerp.selection import check_disjoint, held_out
@@ -334,3 +335,26 @@ def test_scorers_are_registered_under_their_names() -> None:
     assert {name: scorer.name for name, scorer in SCORERS.items()} == {
         name: name for name in ("detection", "detection_crop", "fuzzing")
     }
+
+
+def test_what_fails_of_a_control_does_not_speak_for_the_explanation(
+    store: FeatureStore, explanations: list[Explanation], tmp_path: Path
+) -> None:
+    run(store, explanations[:2], tmp_path / "out", ScriptedJudge(perfect))
+    first = explanations[0].feature
+    verdicts = [one for one in read_verdicts(tmp_path / "out") if (one.feature, one.scorer) == (first, "detection")]
+    failure = JudgeFailure(kind=FailureKind.REFUSED, message="no", digest="0", prompt="?")
+    refused = [
+        replace(one, answer=None, failure=failure) if one.control else replace(one, answer=True) for one in verdicts
+    ]
+    found = score_of(
+        feature=first,
+        modality="image",
+        scorer="detection",
+        explanation="x",
+        control=(2, "y"),
+        verdicts=refused,
+        n_not_asked=0,
+    )
+    assert found.balanced_accuracy_strict == 0.5
+    assert found.lift_strict == -0.5

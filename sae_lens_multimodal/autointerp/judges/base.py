@@ -117,12 +117,22 @@ class JudgeFailure:
     """The request as text."""
     reply: str | None = None
     """The reply as it came, if one came."""
+    cost: JudgeReply | None = field(default=None, compare=False, repr=False)
+    """What came back and is of no use, with what it cost; it is not written down."""
 
     @classmethod
-    def of(cls, request: JudgeRequest, kind: FailureKind, message: str, reply: str | None = None) -> JudgeFailure:
+    def of(
+        cls,
+        request: JudgeRequest,
+        kind: FailureKind,
+        message: str,
+        reply: str | None = None,
+        *,
+        cost: JudgeReply | None = None,
+    ) -> JudgeFailure:
         """Say that `request` failed."""
         line = " ".join(message.split())
-        return cls(kind=kind, message=line, digest=request.digest, prompt=request.text, reply=reply)
+        return cls(kind=kind, message=line, digest=request.digest, prompt=request.text, reply=reply, cost=cost)
 
     def to_json(self) -> dict[str, Any]:
         """Give the failure as JSON values."""
@@ -163,14 +173,15 @@ class Ledger:
         """Count one request: what came back, and what was made of it. A reply that is of no use has its cost, too."""
         if isinstance(outcome, JudgeFailure):
             self.failures[outcome.kind.value] += 1
-        if isinstance(raw, JudgeReply) and raw.cached:
+        came = raw if isinstance(raw, JudgeReply) else raw.cost
+        if came is not None and came.cached:
             self.cached += 1
             return
         self.calls += 1
-        if isinstance(raw, JudgeReply):
-            self.tokens_in += raw.tokens_in
-            self.tokens_out += raw.tokens_out
-            self.seconds += raw.seconds
+        if came is not None:
+            self.tokens_in += came.tokens_in
+            self.tokens_out += came.tokens_out
+            self.seconds += came.seconds
 
     def since(self, before: Ledger) -> Ledger:
         """Give what was added to an earlier state of the same ledger."""
@@ -272,13 +283,14 @@ def checked(request: JudgeRequest, outcome: Outcome) -> Outcome:
         return outcome
     text = outcome.text.strip()
     if not text:
-        return JudgeFailure.of(request, FailureKind.EMPTY, "The judge's reply has no text.", outcome.text)
+        message = "The judge's reply has no text."
+        return JudgeFailure.of(request, FailureKind.EMPTY, message, outcome.text, cost=outcome)
     if request.choices is not None:
         spelt = {choice.casefold(): choice for choice in request.choices}
         bare = text.strip(" .!\"'").casefold()
         if bare not in spelt:
             message = f"The judge replied {_short(text)}; expected one of {', '.join(map(repr, request.choices))}."
-            return JudgeFailure.of(request, FailureKind.UNPARSABLE, message, outcome.text)
+            return JudgeFailure.of(request, FailureKind.UNPARSABLE, message, outcome.text, cost=outcome)
         text = spelt[bare]
     return dataclasses.replace(outcome, text=text)
 

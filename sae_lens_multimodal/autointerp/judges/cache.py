@@ -134,7 +134,9 @@ def _reply_to_keep(outcome: Outcome) -> JudgeReply | None:
     """Take the reply as it came, one that does not parse included: asking again would bring the same."""
     if isinstance(outcome, JudgeReply):
         return outcome
-    return JudgeReply(text=outcome.reply) if outcome.kind is FailureKind.UNPARSABLE and outcome.reply else None
+    if outcome.kind is not FailureKind.UNPARSABLE or not outcome.reply:
+        return None
+    return outcome.cost or JudgeReply(text=outcome.reply)
 
 
 def _repeated(outcome: Outcome, *, again: bool) -> Outcome:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 import json
 import logging
@@ -37,7 +38,10 @@ logger = logging.getLogger(__name__)
 HOSTED = "api.openai.com"
 """Where the client goes when no base URL is given."""
 
-_WITHOUT_ANSWER = frozenset({FailureKind.SERVER, FailureKind.TIMEOUT, FailureKind.REJECTED})
+_WITHOUT_ANSWER = frozenset({FailureKind.SERVER, FailureKind.TIMEOUT})
+_REJECTIONS = 10
+"""A server that has answered nothing yet may reject so many times more requests than it may leave unanswered: some
+reject single pictures or words, and the same ones at every start."""
 
 
 class OpenAIJudge(Judge):
@@ -96,6 +100,8 @@ class OpenAIJudge(Judge):
         self._options: dict[str, Any] = {} if temperature is None else {"temperature": temperature}
         self._extra_body = dict(extra_body or {})
         self._structured, self._takes_schemas = structured, structured
+        self._has_answered = False
+        self._key_variable = api_key_variable
         pause = SharedPause()
         http = openai.DefaultHttpxClient(event_hooks={"request": [pause.wait], "response": [pause.note]})
         self._token_limit_field = token_limit_field
@@ -116,12 +122,14 @@ class OpenAIJudge(Judge):
     @property
     def cache_name(self) -> str:
         """The id, and the settings that can change an answer."""
-        settings = [self._options, self._extra_body, *(["structured"] if self._structured else [])]
+        # hashed: it may hold what nobody should read
+        extra = hashlib.sha256(json.dumps(self._extra_body, sort_keys=True).encode()).hexdigest()[:16]
+        settings = [self._options, extra if self._extra_body else {}, *(["structured"] if self._structured else [])]
         return f"{self.id} {json.dumps(settings, sort_keys=True)}"
 
     def _replies(self, requests: Sequence[JudgeRequest]) -> Iterator[tuple[int, Outcome]]:
         waiting = iter(enumerate(requests))
-        failed_in_a_row, down = 0, None
+        failed_in_a_row, rejected, down = 0, 0, None
         with ThreadPoolExecutor(self.concurrency, thread_name_prefix="judge") as pool:
             under_way = {pool.submit(self._ask, request): index for index, request in islice(waiting, self.concurrency)}
             while under_way:
@@ -133,9 +141,13 @@ class OpenAIJudge(Judge):
                         continue
                     outcome = future.result()
                     yield index, outcome
+                    self._has_answered |= not isinstance(outcome, JudgeFailure)
                     failed_in_a_row = failed_in_a_row + 1 if _without_answer(outcome) else 0
-                    if failed_in_a_row >= self.give_up_after and isinstance(outcome, JudgeFailure):
-                        down = down or self._down(f"failed {failed_in_a_row} requests in a row: {outcome.message}")
+                    rejected += isinstance(outcome, JudgeFailure) and outcome.kind is FailureKind.REJECTED
+                    useless = not self._has_answered and rejected >= _REJECTIONS * self.give_up_after
+                    if (failed_in_a_row >= self.give_up_after or useless) and isinstance(outcome, JudgeFailure):
+                        count = max(failed_in_a_row, rejected)
+                        down = down or self._down(f"failed {count} requests in a row: {outcome.message}")
                 # what is under way when the judge goes down may still be answered, and is not lost
                 new = islice(waiting, len(finished) if down is None else 0)
                 under_way |= {pool.submit(self._ask, request): index for index, request in new}
@@ -186,13 +198,19 @@ class OpenAIJudge(Judge):
             message = f"{self._place} broke off its answer ({_root(error)})."
             return JudgeFailure.of(request, FailureKind.SERVER, message)
         except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
-            raise self._down(f"turns every request away ({_said(error)})") from error
+            raise self._down(f"turns every request away ({self._clean(_said(error))})") from error
         except openai.APIStatusError as error:
-            return JudgeFailure.of(request, _status_kind(error.status_code), f"{self._place}: {_said(error)}")
+            said = self._clean(_said(error))
+            return JudgeFailure.of(request, _status_kind(error.status_code), f"{self._place}: {said}")
         except (openai.APIError, json.JSONDecodeError) as error:
             message = f"{self._place} sent something that is not a chat completion ({error})."
             return JudgeFailure.of(request, FailureKind.SERVER, message)
         return _outcome(request, completion, seconds=time.monotonic() - started)
+
+    def _clean(self, said: str) -> str:
+        """What a server says, without the key, which some echo."""
+        key = os.environ.get(self._key_variable)
+        return said.replace(key, "[key]") if key else said
 
     def _down(self, what: str) -> JudgeError:
         line = " ".join(what.split())
@@ -215,17 +233,17 @@ def _outcome(request: JudgeRequest, completion: object, *, seconds: float) -> Ou
     content, refusal = getattr(message_of, "content", None), getattr(message_of, "refusal", None)
     if message_of is None or not isinstance(content, str | None):
         return JudgeFailure.of(request, FailureKind.EMPTY, "The server's completion has no message.")
-    if refusal or getattr(choices[0], "finish_reason", None) == "content_filter":
-        return JudgeFailure.of(
-            request, FailureKind.REFUSED, "The judge refused to answer.", str(refusal or content or "")
-        )
     usage = getattr(completion, "usage", None)
-    return JudgeReply(
+    reply = JudgeReply(
         text=content or "",
         tokens_in=_tokens(usage, "prompt_tokens"),
         tokens_out=_tokens(usage, "completion_tokens"),
         seconds=seconds,
     )
+    if refusal or getattr(choices[0], "finish_reason", None) == "content_filter":
+        said = str(refusal or content or "")
+        return JudgeFailure.of(request, FailureKind.REFUSED, "The judge refused to answer.", said, cost=reply)
+    return reply
 
 
 def _tokens(usage: object, name: str) -> int:

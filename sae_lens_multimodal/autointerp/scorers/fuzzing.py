@@ -9,6 +9,7 @@ import numpy as np
 
 from sae_lens_multimodal.autointerp.regions import Region, find_regions, heat_of, moved_heat, show, silent_region
 from sae_lens_multimodal.autointerp.scorers.base import Item, Sampling, Scorer, shuffled
+from sae_lens_multimodal.autointerp.styles import RegionStyle
 from sae_lens_multimodal.autointerp.texts import MarkedText, marked_text, wrongly_marked
 
 if TYPE_CHECKING:
@@ -48,8 +49,10 @@ class FuzzingScorer(Scorer):
                 yield self._region_item(example, region, region, book)
                 yield self._region_item(example, region, wrong, book)
 
-    def _region_item(self, example: Example, right: Region, region: Region, book: PromptBook) -> Item:
-        style = book.fuzz_style
+    def _region_item(
+        self, example: Example, right: Region, region: Region, book: PromptBook, style: RegionStyle | None = None
+    ) -> Item:
+        style = style or book.fuzz_style
         heat = moved_heat(heat_of(example, region.image), right.box, region.box) if style.view == "heat" else None
         return Item(
             truth=region is right,

@@ -46,7 +46,7 @@ class IntruderScorer(Measurer):
     def measure(self, text: str, examples: HeldOut, rng: np.random.Generator) -> Measured:
         """Ask for the intruder in each trial; it stands anywhere."""
         del text
-        style = self.book.fuzz_style
+        style = self.book.fuzz_style.without_heat
         firing = [(one, found[0]) for one in examples.firing if (found := find_regions(one))]
         requests, truths, others = [], [], []
         for example in [one for one in examples.silent if one.images][: self.n_trials]:

@@ -34,7 +34,8 @@ class CropDetectionScorer(FuzzingScorer):
         firing = [
             (one, found[0]) for one in examples.firing if (found := find_regions(one, threshold=sampling.threshold))
         ]
-        right = [self._region_item(one, region, region, book) for one, region in firing][: sampling.n_positive]
+        style, shown = book.fuzz_style.without_heat, firing[: sampling.n_positive]
+        right = [self._region_item(one, region, region, book, style) for one, region in shown]
         wrong = list(self._silent(examples, [region for _, region in firing], book, rng))[: sampling.n_negative]
         return shuffled([*right, *wrong], rng)
 
@@ -47,4 +48,4 @@ class CropDetectionScorer(FuzzingScorer):
             found = silent_region(example, like, rng, margin_pixels=book.fuzz_style.margin_pixels)
             if found is not None:
                 # `like` stands for the right region: it is what this one is not
-                yield self._region_item(example, like, found, book)
+                yield self._region_item(example, like, found, book, book.fuzz_style.without_heat)
