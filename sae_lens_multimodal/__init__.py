@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from sae_lens_multimodal.hooks.dose import dose_response as dose_response
     from sae_lens_multimodal.hooks.edges import attribute_edges as attribute_edges
     from sae_lens_multimodal.hooks.lens import logit_lens as logit_lens
+    from sae_lens_multimodal.hooks.load_sae import load_sae as load_sae
     from sae_lens_multimodal.hooks.metrics import ContinuationLogProbability as ContinuationLogProbability
     from sae_lens_multimodal.hooks.metrics import LogitDifference as LogitDifference
     from sae_lens_multimodal.hooks.places import BoxTokens as BoxTokens
@@ -151,6 +152,7 @@ _HOMES = {
     "load_edit": "editing.store",
     "load_model": "adapters.model",
     "load_published_sae": "training.published",
+    "load_sae": "hooks.load_sae",
     "logit_lens": "hooks.lens",
     "measure_edit": "editing.measure",
     "ordinary_keys": "editing.keys",

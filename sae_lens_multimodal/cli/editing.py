@@ -60,7 +60,8 @@ def edit(options: Namespace) -> None:
     from sae_lens_multimodal.editing.store import load_edit, save_edit, save_edited
 
     if options.load is None and (options.target is None or not options.layer):
-        raise ConfigError("no --target or no --layer was given; expected both, or --load with a saved edit.")
+        missing = [flag for flag, given in (("--target", options.target), ("--layer", options.layer)) if not given]
+        raise ConfigError(f"got no {' and no '.join(missing)}; expected both, or --load with a saved edit.")
     kept = [] if options.keep is None else _chats(options.keep, _read(options.keep))
     cases = None if options.measure is None else _cases(options.measure)
     model = load_model(options.model, device=options.device, dtype=options.dtype)

@@ -40,7 +40,7 @@ def add_trace(commands: Commands[argparse.ArgumentParser]) -> None:
     trace.add_argument("--other-image", type=Path, help="another picture in place of one")
     trace.add_argument("--blank", metavar="X0,Y0,X1,Y1", help="a box of a picture to paint over, in its pixels")
     trace.add_argument(
-        "--picture", type=int, default=1, metavar="N", help="which --image --other-image and --blank mean (default: 1)"
+        "--picture", type=int, default=0, metavar="N", help="which --image --other-image and --blank mean, from 0"
     )
     trace.add_argument("--noise", type=float, metavar="X", help="noise of X standard deviations on the image tokens")
     trace.add_argument("--parts", default=PARTS, help="of resid, attn_out, mlp_out, heads (default: %(default)s)")
@@ -106,7 +106,7 @@ def trace(options: Namespace) -> None:
 
 
 def _question(options: Namespace, words: str, instead: Path | None = None) -> list[dict[str, Any]]:
-    paths = [path if at != options.picture or instead is None else instead for at, path in enumerate(options.image, 1)]
+    paths = [path if at != options.picture or instead is None else instead for at, path in enumerate(options.image)]
     pictures = [{"type": "image", "image": str(path)} for path in paths]
     return [{"role": "user", "content": [*pictures, {"type": "text", "text": words}]}]
 
@@ -137,12 +137,12 @@ def _corruption(
         return ReplaceTokens(tokens, options.replace)
     if options.other_prompt is not None:
         return Counterfactual(_question(options, options.other_prompt, instead))
-    if not 1 <= options.picture <= max(1, len(options.image)):
-        raise ConfigError(f"--picture got {options.picture}; there are {len(options.image)} --image, counted from 1.")
+    if not 0 <= options.picture < max(1, len(options.image)):
+        raise ConfigError(f"--picture got {options.picture}; there are {len(options.image)} --image, counted from 0.")
     if options.other_image is not None:
-        return OtherImage(open_image(options.other_image), options.picture - 1)
+        return OtherImage(open_image(options.other_image), options.picture)
     if options.blank is not None:
-        return BlankRegion(_box(options.blank), options.picture - 1)
+        return BlankRegion(_box(options.blank), options.picture)
     return Noise("image", scale=options.noise)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import torch
@@ -109,7 +109,12 @@ class NearPictures:
     def tensors(self) -> dict[str, Tensor]:
         """Everything as named tensors, for a checkpoint."""
         held = min(self._count, self._limit)
-        parts = (self._words[:held].view(np.int64), self._means[:held], self._names[:held], np.array([self._count]))
+        parts: tuple[np.ndarray[Any, Any], ...] = (
+            self._words[:held].view(np.int64),
+            self._means[:held],
+            self._names[:held],
+            np.array([self._count]),
+        )
         names = ("words", "means", "names", "count")
         return {name: torch.from_numpy(part.copy()) for name, part in zip(names, parts, strict=True)}
 

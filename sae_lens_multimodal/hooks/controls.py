@@ -157,6 +157,7 @@ def find_controls(
     difference = _difference(search, held, settings)
     bar.update()
     bar.close()
+    _warn_of_no_success(held, found, after)
     return ControlSet(
         hook_name=name,
         tokens=tokens,
@@ -225,6 +226,18 @@ def _screened(
         batch_size=settings.gradient_batch_size,
     )
     return search, search.screen(propose(foreseen, scale, settings.n_candidates), settings.strengths)
+
+
+def _warn_of_no_success(held: HeldOut, found: Trial, after: tuple[list[str], list[str]]) -> None:
+    """Say where a set that helped in the search does not help on whole answers to what was held out."""
+    before, now = held.success(held.before[0]), held.success(after[0])
+    if found.controls and now.count <= before.count:
+        logger.warning(
+            "with the set found %s of the held-out examples are answered as wanted, without it %s; the search looks at "
+            "how answers begin, so ask for the beginning, or say with match= what counts as right.",
+            now,
+            before,
+        )
 
 
 def _random(

@@ -58,7 +58,7 @@ def test_teach_show_measure_save_and_read_back(folder: Path, capsys: pytest.Capt
 def test_mistakes_are_one_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     asked = ("edit", "--model", str(model_folder()), "--prompt", "what is this ?")
     assert main(asked) == 1
-    assert capsys.readouterr().err.startswith("error: no --target or no --layer was given")
+    assert capsys.readouterr().err.startswith("error: got no --target and no --layer")
     write_json(folder / "wrong.json", [{"question": "?"}])
     assert main((*asked, "--target", "x", "--layer", "3", "--keep", str(folder / "wrong.json"))) == 1
     assert "lists of {prompt, image}" in capsys.readouterr().err

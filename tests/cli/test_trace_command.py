@@ -93,7 +93,7 @@ def test_features_of_the_hot_cell_are_named(
         (("--blank", "1,2,3"), "X0,Y0,X1,Y1"),
         (("--constraint", "purple thing", "--replace", "blue"), "do not stand"),
         (("--noise", "3", "--parts", "everything"), "Got the part 'everything'"),
-        (("--blank", "1,2,30,40", "--picture", "2"), "--picture got 2"),
+        (("--blank", "1,2,30,40", "--picture", "1"), "--picture got 1"),
     ],
 )
 def test_mistakes_cost_one_line(

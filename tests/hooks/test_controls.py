@@ -115,6 +115,18 @@ def test_where_nothing_is_better_the_set_is_empty_and_changes_nothing(
         found.steer(model, planted)
 
 
+def test_a_set_that_does_not_help_on_whole_answers_is_told(
+    model: VisionLanguageModel, planted: SAE[Any], prompts: list[Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    asked = {"tokens": "last", "settings": SETTINGS}
+    found = find_controls(model, planted, prompts[:6], "red", match=lambda *_: False, **asked)  # type: ignore[arg-type]
+    assert found.controls
+    assert "of the held-out examples are answered as wanted" in caplog.text
+    caplog.clear()
+    find_controls(model, planted, prompts[:6], "red", match=lambda one, _: one.startswith("red"), **asked)  # type: ignore[arg-type]
+    assert "held-out examples are answered" not in caplog.text
+
+
 def test_the_scale_is_the_percentile_and_forecasts_are_attributions(
     model: VisionLanguageModel, sae: SAE[Any], prompts: list[Any]
 ) -> None:
