@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias, cast
 
@@ -21,6 +22,10 @@ from sae_lens_multimodal.hooks.trace_plan import Prompt, check_gap, prepare
 from sae_lens_multimodal.hooks.trace_result import CausalTrace, Cell, MetricName
 from sae_lens_multimodal.hooks.trace_site import Site
 
+logger = logging.getLogger(__name__)
+
+FAINT = 0.05
+"""Share of the answer below which a cell's features explain nothing, and that is said."""
 CANDIDATES = 64
 """Features that are tried: those whose part in the value changes most."""
 RANDOM_DRAWS = 8
@@ -99,6 +104,12 @@ def trace_features(
         metric=metric, min_gap=min_gap, tokens_per_pass=tokens_per_pass, progress=progress,
     )  # fmt: skip
     cell = _hottest(trace, places) if cell is None else _given(trace, places, cell)
+    if cell.restored < FAINT:
+        logger.warning(
+            "the hottest cell that an SAE reads brings only %.3f of the answer back; take an SAE of a layer to which "
+            "the answer has moved on, or name a cell.",
+            cell.restored,
+        )
     sae, name = places[cell.part, cell.layer], _hook(cell.part, cell.layer)
     plan = prepare(model, clean, corrupted, answer=answer, against=against, hooks=[name], metric=metric)
     site = Site.of(plan, sae, name, trace.units[cell.unit].positions, tokens_per_pass)

@@ -103,7 +103,9 @@ def test_features_are_chosen_one_after_the_other(model: VisionLanguageModel, sae
     assert story.to_dict()["features"][0]["feature"] == story.features[0].feature
 
 
-def test_a_cell_is_not_hot_because_it_undoes_the_corruption(model: VisionLanguageModel, sae: SAE[Any]) -> None:
+def test_a_cell_is_not_hot_because_it_undoes_the_corruption(
+    model: VisionLanguageModel, sae: SAE[Any], caplog: pytest.LogCaptureFixture
+) -> None:
     batch = model.encode(CLEAN, add_generation_prompt=True)
     last = batch.layout.n_tokens - 1
     settings: dict[str, Any] = {"answer": "red", "min_gap": None, "n_features": 1}
@@ -118,6 +120,7 @@ def test_a_cell_is_not_hot_because_it_undoes_the_corruption(model: VisionLanguag
         places += [place] if float(found.trace.part("resid")[0, 1]) > 0.1 else []
         assert [cell.unit for cell in found.trace.top(99, corrupted_tokens=False)] == [0] * 6
     assert places  # there the replaced token itself is hotter
+    assert caplog.text.count("of the answer back; take an SAE") == 4
     pictures = trace_features(model, sae, CLEAN, CORRUPTED, answer="red", min_gap=None, n_features=1)
     assert pictures.trace.changed_inputs == batch.layout.is_image[0].nonzero()[:, 0].tolist()
     for cell, message in (
@@ -216,13 +219,16 @@ def test_a_planted_feature_is_found() -> None:
     assert found.restored_all == pytest.approx(1.0, abs=1e-4)
 
 
-def test_of_several_saes_the_hottest_cell_is_taken(model: VisionLanguageModel, sae: SAE[Any]) -> None:
+def test_of_several_saes_the_hottest_cell_is_taken(
+    model: VisionLanguageModel, sae: SAE[Any], caplog: pytest.LogCaptureFixture
+) -> None:
     other = build_sae(metadata={"hook_name": "blocks.1.hook_mlp_out", "model_name": model.name})
     found = trace_features(
         model, [sae, other], CLEAN, CORRUPTED, answer="red", positions={"picture": "image"}, min_gap=None, n_features=1
     )
     cells = {(one.part, one.layer): one.restored for one in found.trace.top(100)}
     assert found.cell.restored == max(cells["resid", 0], cells["mlp_out", 1])
+    assert found.cell.restored >= 0.05 and "of the answer back" not in caplog.text
     assert found.trace.parts == ["resid", "mlp_out", "attn_out"]
 
 
