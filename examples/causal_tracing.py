@@ -104,7 +104,7 @@ story = trace_features(
 print(story.cell, story.hottest)
 for one in story.features:
     print(one.feature, one.clean, one.corrupted, one.explanation)
-print("brought back:", story.restored_together, "of", story.restored_all)
+print("brought back:", story.together.restored, "of", story.restored_all)
 for found in (story.together, *story.held_out):
     print("lost where ablated:", found.ablated, "exchanged:", found.exchanged)
     print("random features of like weight:", found.ablated_random, found.exchanged_random)

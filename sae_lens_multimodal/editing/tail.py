@@ -135,7 +135,7 @@ _TOLERANCE = 0.05
 
 def _with_positions(model: VisionLanguageModel, batch: EncodedBatch) -> dict[str, Tensor]:
     inputs = dict(batch)
-    positions = None if "position_ids" in inputs else model.family.position_ids(inputs["attention_mask"])
+    positions = None if "position_ids" in inputs else model.family.positions(inputs)
     return inputs if positions is None else {**inputs, "position_ids": positions}
 
 

@@ -81,8 +81,3 @@ def whitened(
     solved = torch.cholesky_solve((others @ k)[:, None], torch.linalg.cholesky(gram))[:, 0]
     direction = k - others.T @ solved
     return direction * (k @ k) / (direction @ k)
-
-
-def readings(keys: Float[Tensor, "n d_in"], update: RankOne) -> Float[Tensor, " n"]:
-    """How much of the change each key gets: 1 for all of it, 0 for none."""
-    return keys.float() @ update.right.to(keys.device)

@@ -91,21 +91,6 @@ class TraceStory:
     """What they do in pairs of prompts that had no part in the choice."""
 
     @property
-    def restored_together(self) -> float:
-        """The share that the features listed bring back together."""
-        return self.together.restored
-
-    @property
-    def ablated_together(self) -> float:
-        """The share of the answer that is lost when they are ablated together in the clean run."""
-        return self.together.ablated
-
-    @property
-    def exchanged_together(self) -> float:
-        """The share that is lost when their corrupted activations are put into the clean run together."""
-        return self.together.exchanged
-
-    @property
     def at_corrupted(self) -> bool:
         """Whether the corruption changed the cell's own token, so that restoring it may just undo the corruption."""
         return self.trace.is_corrupted(self.cell.unit)

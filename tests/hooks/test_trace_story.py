@@ -73,7 +73,7 @@ def test_the_numbers_are_those_of_steering_by_hand(
     assert len(set(chosen)) == 3
     for features, restored, exchanged in (
         *(([one.feature], one.restored, one.exchanged) for one in story.features),
-        (chosen, story.restored_together, story.exchanged_together),
+        (chosen, story.together.restored, story.together.exchanged),
     ):
         assert restored == pytest.approx((changed(corrupted, two, features, 1) - low) / (high - low), abs=1e-3)
         assert exchanged == pytest.approx((high - changed(clean, one, features, -1)) / (high - low), abs=1e-3)
@@ -81,7 +81,7 @@ def test_the_numbers_are_those_of_steering_by_hand(
     assert story.restored_all == pytest.approx((whole - low) / (high - low), abs=1e-3)
     for features, lost in (
         *(([finding.feature], finding.ablated) for finding in story.features),
-        (chosen, story.ablated_together),
+        (chosen, story.together.ablated),
     ):
         ablated = steer(model, sae, {feature: Ablate() for feature in features}, tokens=places)
         with torch.no_grad(), ablated.trace(**clean):
@@ -215,7 +215,7 @@ def test_a_planted_feature_is_found() -> None:
     assert found.features[0].feature == said + 5
     assert found.features[0].restored > 0.5
     assert found.features[0].exchanged == pytest.approx(found.features[0].ablated, abs=1e-5)
-    assert found.restored_together == pytest.approx(1.0, abs=1e-4)
+    assert found.together.restored == pytest.approx(1.0, abs=1e-4)
     assert found.restored_all == pytest.approx(1.0, abs=1e-4)
 
 
