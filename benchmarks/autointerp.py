@@ -211,8 +211,8 @@ def drawn_explanations(bench: Bench, name: str, modality: Which) -> list[Explana
 def score_table(bench: Bench) -> list[str]:
     """Do scores of explanations rank like their accuracy on fresh scenes, and lie above shuffled explanations?"""
     lines = [
-        "| procedure | from | test | features | score | shuffled | lift | by a judge who knows | accuracy on fresh scenes "
-        "| Spearman of score and that accuracy |"
+        "| procedure | from | test | features | score | shuffled | lift | by a judge who knows | on fresh scenes "
+        "| Spearman of score and fresh scenes |"
     ]
     lines.append("|---" * 10 + "|")
     options, sampling = bench.options, Sampling(n_positive=bench.options.items, n_negative=bench.options.items)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
@@ -25,8 +24,6 @@ FUNCTION_WORDS = frozenset(
     """.split()  # noqa: SIM905 - one word a line would fill two pages
 )
 """English words that say nothing by themselves."""
-
-_WORD = re.compile(r"[^\W\d_][\w'\u2019-]*")
 
 
 class OwnWord(NamedTuple):
@@ -67,7 +64,7 @@ def own_word(firing: Sequence[Example], silent: Sequence[Example] = ()) -> OwnWo
         A feature that fires on "dog" wherever it stands has recall and precision 1; one that fires on "dog" only after
         "hot" has precision below 1.
     """
-    peaks = [word for example in firing if (word := _word_at_peak(example))]
+    peaks = [word for example in firing if (word := _word_at_peak(example))[:1].isalnum()]
     if not peaks:
         return None
     # of equally frequent words the first: Counter keeps the order, and examples come strongest first
@@ -121,16 +118,6 @@ def _words_of(prompt: StoredPrompt) -> list[tuple[str, int, int]]:
     return words
 
 
-def words_in(text: str) -> set[str]:
-    """Collect the words of a text, in lower case.
-
-    Example:
-        >>> sorted(words_in("A dog's tail, 2 dogs"))
-        ['a', "dog's", 'dogs', 'tail']
-    """
-    return set(_WORD.findall(text.lower()))
-
-
 @dataclass(frozen=True)
 class PictureTexts:
     """The words of all stored prompts with pictures."""
@@ -144,7 +131,7 @@ class PictureTexts:
     def of(cls, store: FeatureStore) -> PictureTexts:
         """Read every prompt of a store once."""
         prompts = (store.prompt(prompt_id) for prompt_id in store.prompt_ids)
-        words = {one.prompt_id: frozenset(_spoken(one)) for one in prompts if one.image_ids}
+        words = {one.prompt_id: frozenset(word for word, _, _ in _words_of(one)) for one in prompts if one.image_ids}
         return cls(words, Counter(word for found in words.values() for word in found))
 
     def key_words(self, prompt_ids: Iterable[int], *, ignored: Collection[str] = FUNCTION_WORDS) -> list[KeyWord]:
@@ -163,17 +150,10 @@ class PictureTexts:
         chosen = [self.words[one] for one in set(prompt_ids) & self.words.keys()]
         n_others = len(self.words) - len(chosen)
         inside = Counter(word for found in chosen for word in found)
-        tried = [word for word, count in inside.items() if count >= 2 and word not in ignored]
+        tried = [word for word, count in inside.items() if count >= 2 and word[0].isalpha() and word not in ignored]
         found = []
         for word in tried:
             usual = (self.counts[word] - inside[word] + 0.5) / (n_others + 1)
             p_value = float(bdtrc(inside[word] - 1, len(chosen), min(usual, 1.0)))
             found.append(KeyWord(word, min(1.0, p_value * len(tried)), inside[word] / len(chosen), usual))
         return sorted(found, key=lambda one: (one.p_value, -one.share, one.word))
-
-
-def _spoken(prompt: StoredPrompt) -> set[str]:
-    """Words of the conversation; of a store without messages, of the text tokens."""
-    if prompt.messages:
-        return words_in(prompt.text)
-    return {word for word, _, _ in _words_of(prompt) if _WORD.fullmatch(word)}
