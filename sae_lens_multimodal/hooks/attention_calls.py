@@ -55,9 +55,9 @@ def attention_as(model: VisionLanguageModel, implementation: str) -> Iterator[No
 class AttentionCall:
     """What an attention function is called with: queries and keys after rotation, cached keys among them, and a mask.
 
-    What the mask is depends on the implementation: for `eager` numbers that are added to scores, for `sdpa` such numbers
-    or booleans, None where all is causal; for flash attention which keys are padding, None where none is, with windows
-    beside it; for `flex_attention` a function of positions.
+    What the mask is depends on the implementation: for `eager` numbers that are added to scores; for `sdpa` such
+    numbers or booleans, None where all is causal; for flash attention which keys are padding, None where none is, with
+    windows beside it; for `flex_attention` a function of positions.
     """
 
     args: tuple[Any, ...]
@@ -124,8 +124,8 @@ class AttentionCall:
             found = self._unpadded(mask.to(torch.bool))
         else:
             raise UnsupportedModelError(
-                f"attn_implementation={self.implementation!r} is given a mask of an unknown kind, {type(mask).__name__}; "
-                "load the model with 'sdpa'."
+                f"attn_implementation={self.implementation!r} is given a mask of an unknown kind, "
+                f"{type(mask).__name__}; load the model with 'sdpa'."
             )
         return found.to(self.query.device).expand(rows, -1, -1, -1)
 
@@ -142,7 +142,7 @@ class AttentionCall:
         eager: Any = getattr(sys.modules[type(self.module).__module__], "eager_attention_forward", None)
         if special and eager is None:
             raise UnsupportedModelError(
-                f"{type(self.module).__name__} caps its scores or has sinks, and no eager attention that could be masked."
+                f"{type(self.module).__name__} caps its scores or has sinks, and has no eager attention to be masked."
             )
         function: Callable[..., Any] = eager if special else ALL_ATTENTION_FUNCTIONS["sdpa"]
         args, kwargs = self.with_mask(mask)
@@ -163,8 +163,8 @@ class AttentionCall:
         size = expected[real].float().abs().amax()
         if not bool(off <= 2 * rounding(expected.dtype) * size.clamp(min=1e-6)):
             raise UnsupportedModelError(
-                f"attn_implementation={self.implementation!r} gives something that is off by {float(off):.3g} from what "
-                "its mask was understood to mean; load the model with 'sdpa'."
+                f"attn_implementation={self.implementation!r} gives something that is off by {float(off):.3g} from "
+                "what its mask was understood to mean; load the model with 'sdpa'."
             )
 
     def _unmasked(self) -> Bool[Tensor, "1 1 queries keys"]:

@@ -60,7 +60,7 @@ def knock_out(
         raise ConfigError(f"Got heads={heads!r}; the model has the heads 0 to {count - 1}.")
     paths = [attention_module(model, layer) for layer in numbers]
     knockout = Knockout(
-        calls=tuple((path, _attention_call(model, path)) for path in paths),
+        calls=tuple((path, attention_call(model, path)) for path in paths),
         sources=TokenSelection.check(sources, "prefill" if isinstance(sources, list | Tensor) else "all", model.family),
         targets=TokenSelection.check(targets, steps, model.family),
         heads=None if heads is None else tuple(heads),
@@ -136,8 +136,12 @@ class Knockout:
         return left
 
 
-def _attention_call(model: VisionLanguageModel, path: str) -> str:
-    """The operation of an attention module that is the call of transformers' attention function."""
+def attention_call(model: VisionLanguageModel, path: str) -> str:
+    """The operation of an attention module that is the call of transformers' attention function.
+
+    Raises:
+        UnsupportedModelError: there is none.
+    """
     try:
         names = [name for name in model.get(path).source.names if name.startswith("attention_interface_")]
     except SourceNotAvailable:

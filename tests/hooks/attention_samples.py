@@ -1,8 +1,8 @@
 """Implementations of attention that run without a graphics card: transformers' own code around plain PyTorch kernels.
 
-What is stood in for is the flash kernels alone, by their contract: no mask, packed rows given by their ends, causal from
-the last key, windows. What transformers does around them (padding, windows, caches) runs as it is, and so does PyTorch's
-flex attention, uncompiled.
+What is stood in for is the flash kernels alone, by their contract: no mask, packed rows given by their ends, causal
+from the last key, windows. What transformers does around them (padding, windows, caches) runs as it is, and so does
+PyTorch's flex attention, uncompiled.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sae_lens_multimodal.adapters.batch import EncodedBatch
+from sae_lens_multimodal.adapters.encode import special_ids
 from sae_lens_multimodal.adapters.model import VisionLanguageModel, load_model
 from sae_lens_multimodal.adapters.registry import find_family
 from sae_lens_multimodal.errors import ConfigError, SelectionError, UnsupportedModelError
@@ -25,6 +26,9 @@ from sae_lens_multimodal.hooks.trace_run import BlockRunner
 from tests.hooks import attention_samples
 from tests.hooks.attention_samples import HUB_KERNEL, IMPLEMENTATIONS, MASKED_KERNEL, attention
 from tests.hooks.trace_samples import ask
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")
+"""PyTorch's own, where flex attention is first used."""
 
 FAMILIES = ("llava_next", "qwen2_5_vl", "qwen3_vl", "glm4v", "aya_vision", "mistral3", "gemma3", "paligemma")
 """Plain masks, positions of three kinds, windows, padding on the right, pictures and prompts that look ahead."""
@@ -115,16 +119,20 @@ def test_the_mask_is_the_models_own_less_what_is_knocked_out(
         assert float((expected - untouched).abs().max()) > 1e-2
 
 
-@pytest.mark.parametrize(("family", "name"), [pair for pair in PAIRS if pair[0] in ("llava_next", "gemma3", "qwen3_vl")])
+@pytest.mark.parametrize(
+    ("family", "name"), [pair for pair in PAIRS if pair[0] in ("llava_next", "gemma3", "qwen3_vl")]
+)
 def test_it_holds_while_decoding_with_a_cache(family: str, name: str, models: dict[str, VisionLanguageModel]) -> None:
     """The cached passes give what one pass over the whole text gives by plain hooks."""
     model = models[family]
     batch = model.encode(PROMPTS, add_generation_prompt=True)
+    control = [*special_ids(model.tokenizer), model.family.image_token_id]
     with attention(model, name):
         edited = knock_out(model, "image", lambda layout: layout.is_text)
         given = edited.generate(
-            **batch, max_new_tokens=6, min_new_tokens=6, do_sample=False, output_logits=True, return_dict_in_generate=True
-        )
+            **batch, max_new_tokens=6, min_new_tokens=6, do_sample=False, output_logits=True,
+            return_dict_in_generate=True, suppress_tokens=control,
+        )  # fmt: skip
     length = batch.layout.n_tokens
     text = given.sequences[:, :-1]
     more = text.shape[1] - length
@@ -139,16 +147,18 @@ def test_it_holds_while_decoding_with_a_cache(family: str, name: str, models: di
         layout=batch.layout,
         images=batch.images,
     )
-    special = torch.as_tensor(model.tokenizer.all_special_ids)
-    targets = torch.cat([batch.layout.is_text, ~torch.isin(text[:, length:], special)], dim=1)
+    targets = torch.nn.functional.pad(batch.layout.is_text, (0, more), value=True)
     image = torch.nn.functional.pad(batch.layout.is_image, (0, more))
     ahead = not (family == CAUSAL_IN_FLASH and "flash" in name)
     expected = _plain(model, whole, targets[:, :, None] & image[:, None], tuple(range(model.n_layers)), ahead=ahead)
     found = torch.stack(given.logits, dim=1)
     assert torch.allclose(found, expected[:, length - 1 :], atol=5e-5)
+    untouched = _plain(model, whole, torch.zeros_like(targets[:, :, None] & image[:, None]), (), ahead=ahead)
+    assert float((found - untouched[:, length - 1 :]).abs().max()) > 1e-2
 
 
-@pytest.mark.parametrize("name", ["sdpa", "eager", "flash_attention_2", "flex_attention"])
+# transformers itself does not run flex attention with a static cache
+@pytest.mark.parametrize("name", ["sdpa", "eager", "flash_attention_2", MASKED_KERNEL])
 def test_it_holds_with_a_cache_that_has_room_to_spare(name: str, models: dict[str, VisionLanguageModel]) -> None:
     model = models["llava_next"]
     batch = model.encode(PROMPTS, add_generation_prompt=True)
@@ -178,7 +188,8 @@ def test_other_layers_keep_their_own_attention(
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, name, counting)
     with attention(model, name):
         edited = knock_out(model, "image", "last", layers=[1])
-        edited.generate(**batch, max_new_tokens=3, min_new_tokens=3, do_sample=False)
+        given = edited.generate(**batch, max_new_tokens=3, min_new_tokens=3, do_sample=False)
+    assert given.shape[1] == batch.layout.n_tokens + 3
     # layer 1 once more in the pass over the prompt, where what its mask means is checked
     assert called == [0, 1, 0, 0]
 
@@ -281,7 +292,7 @@ def test_a_padded_prompt_goes_on_in_many_rows(name: str, models: dict[str, Visio
     assert torch.allclose(found[0], recording.logits, atol=1e-5)
     assert torch.allclose(found, alone, atol=1e-5)
     assert float((found[2] - found[0]).abs().max()) > 1e-3
-    assert (keys is None) == (name != "sdpa")
+    assert (keys is None) == (name == "flash_attention_2")
 
 
 def test_a_prompt_that_looks_ahead_is_run_whole_in_flash_attention(models: dict[str, VisionLanguageModel]) -> None:
@@ -311,7 +322,7 @@ def test_attention_that_does_something_else_is_refused(
 
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "own/unknown", looking_ahead)
     monkeypatch.setattr(model._module.config.text_config, "_attn_implementation", "own/unknown")
-    with pytest.raises(UnsupportedModelError, match="own/unknown.*off by"):
+    with pytest.raises(UnsupportedModelError, match=r"own/unknown.*off by"):
         _logits(knock_out(model, "image", "last"), batch)
 
 
