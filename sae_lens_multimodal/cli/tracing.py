@@ -271,7 +271,7 @@ def _confirmation_lines(name: str, found: Confirmation) -> list[str]:
         lines.append(f"{'  random, weight ' + format(found.weight_random, '.2f'):<20}{numbers}")
     if means is not None:
         for what, lost in (("all others", means.others), ("all features", means.all_features), ("value", means.value)):
-            lines.append(f"{'  ' + what + ' at mean':<51}{lost:>7.3f}")
+            lines.append(f"{'  ' + what + ' at mean':<52}{lost:>7.3f}")
     return lines
 
 

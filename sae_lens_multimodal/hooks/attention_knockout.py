@@ -86,7 +86,7 @@ class Knockout:
         if detect_fake_mode() is not None:
             # A scan asks for shapes alone, which masks do not change.
             return
-        prompt_tokens, seen = 0, torch.zeros(0, 0, dtype=torch.bool)
+        prompt_tokens, seen, tried = 0, torch.zeros(0, 0, dtype=torch.bool), False
         try:
             for step in Iterations():
                 forward = ForwardPass.current(model, step, prompt_tokens)
@@ -99,18 +99,19 @@ class Knockout:
                 if not bool(forbidden.any()):
                     continue
                 for path, name in self.calls:
-                    self._knock_out(getattr(model.get(path).source, name), forbidden, first=step == 0)
+                    self._knock_out(getattr(model.get(path).source, name), forbidden, tried=tried)
+                tried = True
         except OutOfOrderError:
             # The loop asks for one pass more than there is, or the run was stopped before the last of the layers.
             return
 
-    def _knock_out(self, operation: Any, forbidden: Tensor, *, first: bool) -> None:  # noqa: ANN401 - nnsight's own
+    def _knock_out(self, operation: Any, forbidden: Tensor, *, tried: bool) -> None:  # noqa: ANN401 - nnsight's own
         """Mask one layer's attention; where its function takes no mask, one that does takes its place in this call."""
         call = AttentionCall(*operation.inputs)
         given = call.given("attention_mask")
         visible = call.visible()
         plain = isinstance(given, Tensor) and given.dim() == 4
-        if first and not plain and not call.takes_masks:
+        if not tried and not plain and not call.takes_masks:
             call.check(visible)
         left = self._left(call, visible, forbidden)
         mask = additive(left, call.query)

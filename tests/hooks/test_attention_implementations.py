@@ -192,6 +192,11 @@ def test_other_layers_keep_their_own_attention(
     assert given.shape[1] == batch.layout.n_tokens + 3
     # layer 1 once more in the pass over the prompt, where what its mask means is checked
     assert called == [0, 1, 0, 0]
+    called.clear()
+    with attention(model, name):
+        edited = knock_out(model, "image", "last", layers=[1], steps="decoding")
+        edited.generate(**batch, max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    assert called == [0, 1, 0, 1, 0, 0]
 
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
@@ -309,6 +314,30 @@ def test_a_prompt_that_looks_ahead_is_run_whole_in_flash_attention(models: dict[
             found.append(trace.values["logit_difference"])
     assert torch.allclose(*found, atol=1e-4)
     assert float(found[0].std()) > 1e-4
+
+
+@pytest.mark.parametrize("name", ["sdpa", "flash_attention_2", "flex_attention"])
+def test_of_layers_of_two_kinds_those_with_attention_are_knocked_out(name: str) -> None:
+    """Qwen3.5 gates what attention gives; linear attention in other layers stays as it is."""
+    module, processor = find_family("qwen3_5", name="qwen3_5").random_model()
+    model = load_model(module, processor=processor)
+    batch = model.encode(PROMPTS, add_generation_prompt=True)
+    real = batch["attention_mask"] != 0
+    own = module.model.language_model.layers[1].self_attn
+
+    def before(_: Any, args: Any, kwargs: Any) -> Any:
+        closed = _closed(batch)[:, None]
+        return args, {**kwargs, "attention_mask": kwargs["attention_mask"].masked_fill(closed, -3e38)}
+
+    handle = own.register_forward_pre_hook(before, with_kwargs=True)
+    with attention(model, "eager"):
+        expected = _logits(model, batch)[real]
+    handle.remove()
+    with attention(model, name):
+        found = _logits(knock_out(model, "image", _later, layers=[1]), batch)[real]
+        untouched = _logits(model, batch)[real]
+    assert torch.allclose(found, expected, atol=2e-5)
+    assert float((found - untouched).abs().max()) > 1e-3
 
 
 def test_attention_that_does_something_else_is_refused(
