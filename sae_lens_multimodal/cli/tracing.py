@@ -243,6 +243,7 @@ def _cell_line(found: CausalTrace, cell: Cell) -> str:
 
 def story_lines(found: TraceStory) -> list[str]:
     """Lay out the features of the hot cell and what confirms them."""
+    means = "at mean  " if found.together.mean_ablated else ""
     lines = [
         "",
         "the hottest cell that an SAE reads, and the hottest of all:",
@@ -250,7 +251,7 @@ def story_lines(found: TraceStory) -> list[str]:
         _cell_line(found.trace, found.hottest),
         f"all features there bring {found.restored_all:.3f} back",
         "",
-        f"{'feature':<20}  restored  ablated  exchanged  {'at mean  ' if found.together.mean_ablated else ''}explanation",
+        f"{'feature':<20}  restored  ablated  exchanged  {means}explanation",
     ]
     for one in found.features:
         numbers = _numbers(one.restored, one.ablated, one.exchanged, one.mean_ablated)

@@ -60,7 +60,7 @@ def test_a_common_mean_is_kept_apart(length: float, caplog: pytest.LogCaptureFix
 
 
 def test_without_an_offset_the_objective_itself_prefers_other_concepts() -> None:
-    """So neither more starts nor a better beginning help: begun at the truth, scikit-learn leaves it for a lower value."""
+    """So neither more starts nor a better beginning help: begun at the truth, scikit-learn leaves it for less."""
     varying, concepts, _ = planted(0, n=500, d=256, k=8)
     mean = torch.randn(256, generator=torch.Generator().manual_seed(99))
     mean /= mean.norm()

@@ -127,7 +127,7 @@ def test_means_over_reference_prompts_are_told_where_there_are_some(tmp_path: Pa
     for text in (
         "lost at its mean",
         "<td>0.13</td>",
-        "they take 0.18, random sets \u22120.01, all features of the SAE but them 0.07, all of them 0.21, and the whole",
+        "they take 0.18, random sets \u22120.01, all features of the SAE but them 0.07, all of them 0.21, and",
         "which is the most that can be lost there, 0.28.",
     ):
         assert text in page, text
