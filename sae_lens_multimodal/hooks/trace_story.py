@@ -10,7 +10,7 @@ import torch
 from sae_lens import SAE
 
 from sae_lens_multimodal.adapters.model import VisionLanguageModel
-from sae_lens_multimodal.errors import ConfigError, SAEMismatchError, SelectionError
+from sae_lens_multimodal.errors import ConfigError, NoGapError, SAEMismatchError, SelectionError
 from sae_lens_multimodal.hooks.attribute import chosen_tokens
 from sae_lens_multimodal.hooks.metrics import Target
 from sae_lens_multimodal.hooks.saes import check_sae
@@ -116,6 +116,7 @@ def trace_features(
         model, clean, corrupted, answer=answer, against=against, parts=_parts(places), positions=positions,
         metric=metric, min_gap=min_gap, tokens_per_pass=tokens_per_pass, progress=progress,
     )  # fmt: skip
+    _check_some_gap(trace.clean[metric], trace.corrupted[metric])
     cell = _hottest(trace, places) if cell is None else _given(trace, places, cell)
     if cell.restored < FAINT:
         logger.warning(
@@ -131,6 +132,15 @@ def trace_features(
         reference = Reference(reference)
     means = None if reference is None else Means.of(model, site, reference)
     return _told(trace, cell, site, others, means, n_features, known.get(name, {}), seed)
+
+
+def _check_some_gap(clean: float, corrupted: float) -> None:
+    """Check that there is something to have a share of, even where a pair without a gap is let through."""
+    if clean == corrupted:
+        raise NoGapError(
+            f"The clean and the corrupted run both have {clean:.4g} of what is measured, so that features can bring "
+            "nothing back and take nothing away; corrupt more, or choose a prompt that the model answers."
+        )
 
 
 def _places(model: VisionLanguageModel, saes: Sequence[SAE[Any]]) -> Places:
@@ -219,6 +229,7 @@ def _elsewhere(
         ids["against"] = against
     plan = prepare(model, pair.clean, pair.corrupted, hooks=[site.name], metric=site.plan.metric, **ids)
     check_gap(plan, min_gap)
+    _check_some_gap(plan.before[plan.metric], plan.after[plan.metric])
     if pair.tokens is not None:
         positions = chosen_tokens(model, plan.prompt, plan.clean_batch, pair.tokens)[0].nonzero()[:, 0].tolist()
     elif plan.n_tokens == site.plan.n_tokens:

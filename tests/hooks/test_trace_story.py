@@ -211,6 +211,14 @@ def test_held_out_prompts_are_measured_by_themselves(
         )
 
 
+def test_runs_that_are_the_same_have_no_features(model: VisionLanguageModel, sae: SAE[Any]) -> None:
+    settings: dict[str, Any] = {"answer": "red", "positions": "last", "min_gap": None}
+    with pytest.raises(NoGapError, match="bring nothing back"):
+        trace_features(model, sae, CLEAN, CLEAN, **settings)
+    with pytest.raises(NoGapError, match="bring nothing back"):
+        trace_features(model, sae, CLEAN, CORRUPTED, held_out=[HeldOut(CLEAN, CLEAN)], **settings)
+
+
 def test_random_features_are_of_like_weight(model: VisionLanguageModel, sae: SAE[Any], story: TraceStory) -> None:
     batches = [model.encode(one, add_generation_prompt=True) for one in (CLEAN, CORRUPTED)]
     one, two = (sae.encode(read_activations(model, batch, HOOK)[HOOK][0]) for batch in batches)
