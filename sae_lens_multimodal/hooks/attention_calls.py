@@ -114,7 +114,7 @@ class AttentionCall:
         rows, _, queries, _ = self.query.shape
         mask = self.given("attention_mask")
         if isinstance(mask, BlockMask):
-            found = create_mask(mask.mask_mod, rows, 1, queries, self.n_keys, self.query.device)
+            found = create_mask(mask.mask_mod, rows, 1, queries, self.n_keys, mask.kv_num_blocks.device)
         elif mask is None:
             found = self._unmasked()
         elif isinstance(mask, Tensor) and mask.dim() == 4:
