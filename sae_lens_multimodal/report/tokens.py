@@ -47,19 +47,27 @@ def token_views(
     Returns:
         Tokens in order; all of one picture's are one entry, padding is left out.
     """
+    modality, image_index = np.asarray(modality), np.asarray(image_index)
+    places = np.flatnonzero(modality != int(Modality.PADDING))
+    if not len(places):
+        return ()
+    pictured = np.isin(modality[places], (int(Modality.IMAGE), int(Modality.NEWLINE)))
+    of_picture, starts = _entries(pictured, image_index[places])
+    first, in_picture = places[starts], pictured[starts]
+    lit = np.where(pictured, np.asarray(image_values)[places], np.asarray(text_values)[places])
+    values = np.maximum.reduceat(lit, starts)
+    kept = _window(in_picture, values, max_tokens)
     views: list[TokenView] = []
-    open_picture = -1
-    for token, lit, said, kind, picture in zip(tokens, image_values, text_values, modality, image_index, strict=True):
-        if kind in (Modality.IMAGE, Modality.NEWLINE):
-            if views and views[-1].kind == "picture" and picture in (open_picture, -1):
-                views[-1] = _token(views[-1].text, "picture", max(views[-1].value, float(lit)), image_scale)
-            else:
-                open_picture = int(picture)
-                views.append(_token(f"picture {max(open_picture, 0) + 1}", "picture", float(lit), image_scale))
-        elif kind != Modality.PADDING:
-            name = "special" if kind == Modality.SPECIAL else "text"
-            views.append(_token(visible(token), name, float(said), text_scale))
-    return _window(views, max_tokens)
+    for entry, place in enumerate(first):
+        if in_picture[entry]:
+            name = f"picture {max(int(of_picture[starts[entry]]), 0) + 1}"
+            views.append(_token(name, "picture", float(values[entry]), image_scale))
+        elif kept[entry]:
+            kind = "special" if modality[place] == int(Modality.SPECIAL) else "text"
+            views.append(_token(visible(tokens[place]), kind, float(values[entry]), text_scale))
+        elif not views or views[-1].kind != "gap":
+            views.append(TokenView(text="…", kind="gap", value=0.0, level=0.0))
+    return tuple(views)
 
 
 def with_blanks(tokens: Sequence[str], is_text: Bool[np.ndarray, " seq"], said: str) -> list[str]:
@@ -125,18 +133,29 @@ def _token(text: str, kind: str, value: float, scale: float) -> TokenView:
     return TokenView(text=text, kind=kind, value=value, level=level)  # type: ignore[arg-type]
 
 
-def _window(views: list[TokenView], size: int) -> tuple[TokenView, ...]:
-    """Keep `size` entries around the strongest token of text; pictures stay."""
-    texts = [place for place, view in enumerate(views) if view.kind != "picture"]
-    if len(texts) <= size:
-        return tuple(views)
-    best = max(range(len(texts)), key=lambda place: views[texts[place]].value)
-    start = min(max(0, best - size // 2), len(texts) - size)
-    kept = set(texts[start : start + size])
-    out: list[TokenView] = []
-    for place, view in enumerate(views):
-        if place in kept or view.kind == "picture":
-            out.append(view)
-        elif not out or out[-1].kind != "gap":
-            out.append(TokenView(text="…", kind="gap", value=0.0, level=0.0))
-    return tuple(out)
+def _entries(
+    pictured: Bool[np.ndarray, " n"], image_index: Int[np.ndarray, " n"]
+) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " entries"]]:
+    """Say to which picture each token belongs, and where entries begin: a run of one picture's tokens is one entry.
+
+    A newline token without a picture of its own belongs to the one before it.
+    """
+    fresh = pictured & ~np.concatenate([[False], pictured[:-1]])
+    known = pictured & ((image_index != -1) | fresh)
+    last = np.maximum.accumulate(np.where(known, np.arange(len(pictured)), 0))
+    of_picture = image_index[last]
+    changed = np.concatenate([[True], of_picture[1:] != of_picture[:-1]])
+    return of_picture, np.flatnonzero(~pictured | fresh | changed)
+
+
+def _window(
+    in_picture: Bool[np.ndarray, " entries"], values: Float[np.ndarray, " entries"], size: int
+) -> Bool[np.ndarray, " entries"]:
+    """Keep `size` entries around the strongest token of text."""
+    texts = np.flatnonzero(~in_picture)
+    kept = ~in_picture
+    if len(texts) > size:
+        best = int(values[texts].argmax())
+        start = min(max(0, best - size // 2), len(texts) - size)
+        kept[texts[:start]] = kept[texts[start + size :]] = False
+    return kept
