@@ -137,9 +137,14 @@
     more();
     $("compare-rows").querySelectorAll("a")[first]?.focus();
   });
-  new IntersectionObserver((entries) => {
-    if (data && entries.some((entry) => entry.isIntersecting) && document.activeElement !== $("further")) more();
-  }, { rootMargin: "600px" }).observe($("further"));
+  // Watched anew each time, or it would say nothing as long as the button stays in reach.
+  const reach = new IntersectionObserver((entries) => {
+    if (!data || !entries.some((entry) => entry.isIntersecting) || document.activeElement === $("further")) return;
+    more();
+    reach.unobserve($("further"));
+    reach.observe($("further"));
+  }, { rootMargin: "600px" });
+  reach.observe($("further"));
 
   const step = (by) => {
     const list = [...$("compare-rows").querySelectorAll("a")], at = list.indexOf(document.activeElement);

@@ -325,9 +325,14 @@
     more();
     links()[first]?.focus();
   });
-  new IntersectionObserver((entries) => {
-    if (entries.some((entry) => entry.isIntersecting) && document.activeElement !== $("further")) more();
-  }, { rootMargin: "600px" }).observe($("further"));
+  // Watched anew each time, or it would say nothing as long as the button stays in reach.
+  const reach = new IntersectionObserver((entries) => {
+    if (!entries.some((entry) => entry.isIntersecting) || document.activeElement === $("further")) return;
+    more();
+    reach.unobserve($("further"));
+    reach.observe($("further"));
+  }, { rootMargin: "600px" });
+  reach.observe($("further"));
   window.addEventListener("hashchange", () => { readHash(); update(); });
 
   // ---- keys: the list without a mouse
