@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -16,7 +16,7 @@ from sae_lens_multimodal.autointerp.results import KIND as SCORES_KIND
 from sae_lens_multimodal.autointerp.results import read_scores, read_verdicts, summarise
 from sae_lens_multimodal.errors import StoreError
 from sae_lens_multimodal.files import MANIFEST_NAME, read_json
-from sae_lens_multimodal.report.formats import cell
+from sae_lens_multimodal.report.formats import cell, score
 from sae_lens_multimodal.report.judged import number_name, score_name
 from sae_lens_multimodal.report.records import Cell, Run, SummaryTable
 
@@ -170,15 +170,17 @@ def score_tables(runs: Sequence[SortedRun]) -> list[SummaryTable]:
     rows: list[list[Cell]] = []
     for one in runs:
         for found in summarise(one.run.scores):
+            if not found.n_scored and not found.n_verdicts and found.n_unexplained < found.n_features:
+                continue  # a scorer that does not work on this modality
             name = score_name(found.scorer, found.modality, one.score_modalities)
             rows.append(
                 [
                     f"{one.run.name}: {name}" if several else name,
                     f"{found.n_scored} of {found.n_features}",
-                    spelt(found.balanced_accuracy),
-                    spelt(found.control_balanced_accuracy),
-                    spelt(found.lift),
-                    spelt(found.lift_strict),
+                    spelt(found.balanced_accuracy, score),
+                    spelt(found.control_balanced_accuracy, score),
+                    spelt(found.lift, score),
+                    spelt(found.lift_strict, score),
                     f"{found.n_failed} of {found.n_verdicts}",
                 ]
             )
@@ -224,14 +226,16 @@ def measure_tables(runs: Sequence[SortedRun]) -> list[SummaryTable]:
     ]
 
 
-def spelt(interval: Interval | None) -> str | None:
+def spelt(interval: Interval | None, spell: Callable[[float], str] = cell) -> str | None:
     """Spell a mean with its interval.
 
     Example:
         >>> from sae_lens_multimodal.autointerp.metrics import Interval
-        >>> spelt(Interval(0.5, 0.25, 0.75, 4))
-        '0.500 (0.250 to 0.750)'
+        >>> spelt(Interval(0.5, 0.25, 0.75, 4)), spelt(Interval(0.5, 0.25, 0.75, 4), score)
+        ('0.500 (0.250 to 0.750)', '.50 (.25 to .75)')
     """
     if interval is None:
         return None
-    return f"{cell(interval.mean)} ({cell(interval.low)} to {cell(interval.high)})"
+    # a difference of equal numbers may be a hair off zero
+    mean, low, high = (spell(round(value, 9)) for value in interval[:3])
+    return f"{mean} ({low} to {high})"

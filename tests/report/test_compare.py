@@ -121,7 +121,7 @@ def test_summaries_name_the_runs_where_there_are_several(pair: tuple[SortedRun, 
     (alone,), (together,) = score_tables(pair[:1]), score_tables(pair)
     assert [row[0] for row in alone.rows] == ["detection"]
     assert [row[0] for row in together.rows] == ["one: detection", "two: detection"]
-    assert alone.rows[0][1:3] == ["3 of 4", "0.750 (0.500 to 1.00)"]
+    assert alone.rows[0][1:3] == ["3 of 4", ".75 (.50 to 1.00)"]
     (measured,) = measure_tables(pair)
     assert [row[:3] for row in measured.rows] == [
         ["one: masks iou", 1, "0.250 (0.250 to 0.250)"], ["two: masks iou", 1, "0.750 (0.750 to 0.750)"],

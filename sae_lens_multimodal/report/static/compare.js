@@ -93,7 +93,7 @@
       made.append(cell(`text-cell${said ? "" : " quiet"}`, data.names[side], said || "not explained"));
     }
     if (state.value) {
-      for (const side of [0, 1]) made.append(cell("numeric", data.names[side], spell(numbers(side, at))));
+      for (const side of [0, 1]) made.append(cell("numeric", `${data.names[side]}, ${state.value}`, spell(numbers(side, at))));
       const found = difference(at);
       made.append(cell(`numeric ${found > 0 ? "better" : found < 0 ? "worse" : ""}`, "difference", signed(found)));
     }
