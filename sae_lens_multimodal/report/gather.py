@@ -134,7 +134,7 @@ def feature_view(
         examples=example_groups(store, feature, assets, max_examples=limits.max_examples),
         negatives=negative_views(store, feature, findings.runs, assets, limits.max_negatives),
         histograms=_histograms(store, feature),
-        output_tokens=_output_tokens(_written(store, feature, findings)),
+        output_tokens=_output_tokens(written_tokens(store, feature, findings.output_tokens)),
         description=description_view(store.description(feature), links.pages, alive=frozenset(store.features)),
         steering=tuple(_steering(record, assets) for record in findings.steering.get(feature, ())),
         previous=links.beside(feature, -1),
@@ -187,9 +187,11 @@ def _histograms(store: FeatureStore, feature: int) -> tuple[HistogramView, ...]:
     return histogram_views(counts, store.histogram_edges.tolist())
 
 
-def _written(store: FeatureStore, feature: int, findings: Findings) -> Sequence[tuple[str, float]]:
+def written_tokens(
+    store: FeatureStore, feature: int, output_tokens: Mapping[int, Sequence[tuple[str, float]]]
+) -> Sequence[tuple[str, float]]:
     """Take the given output tokens, or those of the store's description."""
-    given = findings.output_tokens.get(feature)
+    given = output_tokens.get(feature)
     found = store.description(feature) if given is None else None
     return given or (found.writes if found is not None else ())
 
@@ -233,9 +235,9 @@ def fact_views(store: FeatureStore, n_features: int) -> tuple[FactView, ...]:
     prompts, pictures = settings.get("n_prompts"), settings.get("n_pictures") or {}
     tokens = settings.get("n_tokens") or {}
     facts = [
-        ("Model", _name_of(settings.get("model_name"))),
+        ("Model", name_of(settings.get("model_name"))),
         ("Hook", store.hook_name),
-        ("Dataset", _name_of((settings.get("dataset") or {}).get("name"))),
+        ("Dataset", name_of((settings.get("dataset") or {}).get("name"))),
         ("Dictionary", f"{count(store.d_sae)} features"),
         ("Alive here", count(n_features)),
         ("Prompts", count(prompts) if isinstance(prompts, int) else None),
@@ -246,6 +248,6 @@ def fact_views(store: FeatureStore, n_features: int) -> tuple[FactView, ...]:
     return tuple(FactView(name=name, value=str(value)) for name, value in facts if value)
 
 
-def _name_of(source: str | None) -> str | None:
+def name_of(source: str | None) -> str | None:
     """Name a model or dataset; of a folder on this machine only the last part."""
     return Path(source).name if source and Path(source).is_absolute() else source

@@ -6,7 +6,7 @@ import difflib
 import re
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -47,27 +47,64 @@ def token_views(
     Returns:
         Tokens in order; all of one picture's are one entry, padding is left out.
     """
-    modality, image_index = np.asarray(modality), np.asarray(image_index)
-    places = np.flatnonzero(modality != int(Modality.PADDING))
-    if not len(places):
-        return ()
-    pictured = np.isin(modality[places], (int(Modality.IMAGE), int(Modality.NEWLINE)))
-    of_picture, starts = _entries(pictured, image_index[places])
-    first, in_picture = places[starts], pictured[starts]
-    lit = np.where(pictured, np.asarray(image_values)[places], np.asarray(text_values)[places])
-    values = np.maximum.reduceat(lit, starts)
-    kept = _window(in_picture, values, max_tokens)
+    modality = np.asarray(modality)
+    found = entries(modality, image_index, image_values, text_values)
+    kept = _window(found.in_picture, found.values, max_tokens)
     views: list[TokenView] = []
-    for entry, place in enumerate(first):
-        if in_picture[entry]:
-            name = f"picture {max(int(of_picture[starts[entry]]), 0) + 1}"
-            views.append(_token(name, "picture", float(values[entry]), image_scale))
+    for entry, place in enumerate(found.places):
+        value = float(found.values[entry])
+        if found.in_picture[entry]:
+            name = f"picture {max(int(found.picture[entry]), 0) + 1}"
+            views.append(_token(name, "picture", value, image_scale))
         elif kept[entry]:
             kind = "special" if modality[place] == int(Modality.SPECIAL) else "text"
-            views.append(_token(visible(tokens[place]), kind, float(values[entry]), text_scale))
+            views.append(_token(visible(tokens[place]), kind, value, text_scale))
         elif not views or views[-1].kind != "gap":
             views.append(TokenView(text="…", kind="gap", value=0.0, level=0.0))
     return tuple(views)
+
+
+class Entries(NamedTuple):
+    """A prompt as a reader takes it: tokens, and pictures as one each."""
+
+    places: Int[np.ndarray, " entries"]
+    """The first token of each."""
+    in_picture: Bool[np.ndarray, " entries"]
+    picture: Int[np.ndarray, " entries"]
+    """Which picture of the prompt; of no meaning for others."""
+    values: Float[np.ndarray, " entries"]
+    """Activation; the largest one of a picture's tokens."""
+
+
+def entries(
+    modality: Int[np.ndarray, " seq"],
+    image_index: Int[np.ndarray, " seq"],
+    image_values: Float[np.ndarray, " seq"],
+    text_values: Float[np.ndarray, " seq"],
+) -> Entries:
+    """Take all tokens of one picture together; padding is left out.
+
+    A newline token without a picture of its own belongs to the picture before it.
+
+    Args:
+        modality: values of Modality.
+        image_index: the picture each token belongs to, -1 where none.
+        image_values: activation at each image token, 0 elsewhere.
+        text_values: activation at each token of text, 0 elsewhere.
+    """
+    modality, image_index = np.asarray(modality), np.asarray(image_index)
+    places = np.flatnonzero(modality != int(Modality.PADDING))
+    if not len(places):
+        return Entries(places, np.zeros(0, dtype=bool), places, np.zeros(0))
+    pictured = np.isin(modality[places], (int(Modality.IMAGE), int(Modality.NEWLINE)))
+    fresh = pictured & ~np.concatenate([[False], pictured[:-1]])
+    known = pictured & ((image_index[places] != -1) | fresh)
+    last = np.maximum.accumulate(np.where(known, np.arange(len(places)), 0))
+    picture = image_index[places][last]
+    changed = np.concatenate([[True], picture[1:] != picture[:-1]])
+    starts = np.flatnonzero(~pictured | fresh | changed)
+    lit = np.where(pictured, np.asarray(image_values)[places], np.asarray(text_values)[places])
+    return Entries(places[starts], pictured[starts], picture[starts], np.maximum.reduceat(lit, starts))
 
 
 def with_blanks(tokens: Sequence[str], is_text: Bool[np.ndarray, " seq"], said: str) -> list[str]:
@@ -131,21 +168,6 @@ def changes(before: str, after: str) -> tuple[tuple[SpanView, ...], tuple[SpanVi
 def _token(text: str, kind: str, value: float, scale: float) -> TokenView:
     level = min(1.0, max(0.0, value / scale)) if scale > 0 else 0.0
     return TokenView(text=text, kind=kind, value=value, level=level)  # type: ignore[arg-type]
-
-
-def _entries(
-    pictured: Bool[np.ndarray, " n"], image_index: Int[np.ndarray, " n"]
-) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " entries"]]:
-    """Say to which picture each token belongs, and where entries begin: a run of one picture's tokens is one entry.
-
-    A newline token without a picture of its own belongs to the one before it.
-    """
-    fresh = pictured & ~np.concatenate([[False], pictured[:-1]])
-    known = pictured & ((image_index != -1) | fresh)
-    last = np.maximum.accumulate(np.where(known, np.arange(len(pictured)), 0))
-    of_picture = image_index[last]
-    changed = np.concatenate([[True], of_picture[1:] != of_picture[:-1]])
-    return of_picture, np.flatnonzero(~pictured | fresh | changed)
 
 
 def _window(
