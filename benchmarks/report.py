@@ -47,28 +47,10 @@ SIDE, TILES = 24, 2
 """Patches to a side of each view, and tiles to a side of the picture."""
 PICTURE = (640, 480)
 N_PROMPTS, N_TOP, N_SILENT = 120, 16, 8
-WORDS = [
-    "red",
-    "green",
-    "blue",
-    "wheel",
-    "dog",
-    "cat",
-    "street",
-    "sign",
-    "window",
-    "number",
-    "letter",
-    "face",
-    "hand",
-    "tree",
-    "sky",
-    "water",
-    "road",
-    "car",
-    "bird",
-    "boat",
-]
+WORDS = (
+    *("red", "green", "blue", "wheel", "dog", "cat", "street", "sign", "window", "number", "letter"),
+    *("face", "hand", "tree", "sky", "water", "road", "car", "bird", "boat"),
+)
 KINDS = (("top", N_TOP), ("ordinary", N_TOP), ("silent", N_SILENT))
 
 
