@@ -133,7 +133,7 @@ def widen(folder: Path, entries: list[IndexEntry], n_features: int) -> None:
     """Write the index's data again, for more features than have pages."""
     rng = np.random.default_rng(1)
     names = ("detection", "fuzzing")
-    report = ReportView(title="x", facts=(), tables=(), n_features=n_features, score_names=names)
+    report = ReportView(title="x", facts=(), tables=(), score_names=names)
     index = IndexData(folder, report, sort="value:detection")
     for feature in range(n_features):
         entry = entries[feature % len(entries)]

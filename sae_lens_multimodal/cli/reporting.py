@@ -101,7 +101,8 @@ def report(options: Namespace) -> None:
 def export(options: Namespace) -> None:
     """Write a store's features in formats that other programs read."""
     from sae_lens_multimodal.features.store import FeatureStore
-    from sae_lens_multimodal.report.neuronpedia import NeuronpediaNames, export_neuronpedia
+    from sae_lens_multimodal.report.neuronpedia import export_neuronpedia
+    from sae_lens_multimodal.report.neuronpedia_heads import NeuronpediaNames
     from sae_lens_multimodal.report.table import export_table
 
     if options.table is None and options.neuronpedia is None:

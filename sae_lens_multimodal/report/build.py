@@ -153,7 +153,6 @@ def _report_view(
         title=title,
         facts=fact_views(store, len(store.features)),
         tables=tuple(map(table_view, (*tables, *judged))),
-        n_features=len(chosen),
         score_names=score_names(scores, own.score_modalities),
         measure_names=measure_names(measures, own.measure_modalities),
         compared=len(findings.runs) > 1,

@@ -21,6 +21,7 @@ from sae_lens_multimodal.errors import ConfigError, StoreError
 from sae_lens_multimodal.files import MANIFEST_NAME, read_json, write_bytes, write_manifest
 from sae_lens_multimodal.report.formats import utf8
 from sae_lens_multimodal.report.gather import name_of
+from sae_lens_multimodal.report.neuronpedia_heads import NeuronpediaNames, created, head_rows
 from sae_lens_multimodal.report.neuronpedia_rows import FeatureRows, RowMaker
 from sae_lens_multimodal.report.runs import SortedRun
 
@@ -31,36 +32,6 @@ if TYPE_CHECKING:
 KIND, SCHEMA_VERSION = "neuronpedia-export", 1
 BATCH = 128
 """Features to a file; the most that one upload may hold."""
-IMPORTER = "clkht01d40000jv08hvalcvly"
-"""The user that imported data belong to unless another one is given, as in SAEDashboard."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class NeuronpediaNames:
-    """What things are called at Neuronpedia, and whose they are."""
-
-    model_id: str | None = None
-    """Letters, digits, dashes and underscores. None: made from the name of the store's model."""
-    source_set: str = "multimodal"
-    """Name of the set of SAEs; with the layer before it, it names the SAE."""
-    layer: int | None = None
-    """None: that of the store's hook."""
-    release: str = "sae-lens-multimodal"
-    """Name of the release that the set belongs to."""
-    description: str = "Features of a vision-language model"
-    """Of the release and of the set."""
-    creator_name: str = ""
-    creator_id: str = IMPORTER
-    """A user of the instance that imports."""
-    url: str | None = None
-    """Of the paper or the repository."""
-    hf_repo: str | None = None
-    """Where the SAE's weights are on the Hugging Face hub."""
-    hf_folder: str | None = None
-    explanation_type: str | None = None
-    """A type of explanations that the instance knows; None for none, as it refuses others."""
-    explanation_model: str | None = None
-    """An explainer that the instance knows; None for none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,8 +40,6 @@ class _Source:
 
     model_id: str
     source_id: str
-    names: NeuronpediaNames
-    created: str
 
 
 def export_neuronpedia(
@@ -118,7 +87,7 @@ def export_neuronpedia(
         model_id=source.model_id,
         source_id=source.source_id,
         names=names,
-        created=source.created,
+        created=created(store),
         max_examples=max_examples,
         max_tokens=max_tokens,
     )
@@ -127,7 +96,8 @@ def export_neuronpedia(
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as folder:
         building = Path(folder) / "export"
         part = building / source.model_id / source.source_id
-        _write_heads(store, part, source)
+        for name, row in head_rows(store, names, source.model_id, source.source_id).items():
+            write_bytes(part / f"{name}.jsonl", _lines([row]))
         for number, start in enumerate(tqdm(range(0, len(chosen), BATCH), desc="export", disable=not progress)):
             rows = [maker.rows(feature) for feature in chosen[start : start + BATCH]]
             _write_batch(part, number, rows, source)
@@ -153,8 +123,6 @@ def _source(store: FeatureStore, names: NeuronpediaNames) -> _Source:
     return _Source(
         model_id=model_id,
         source_id=f"{layer}-{names.source_set}",
-        names=names,
-        created=str(store.manifest.get("created", "")),
     )
 
 
@@ -166,60 +134,6 @@ def _spelt(name: str) -> str:
         'llama3-llava-next-8b'
     """
     return re.sub(r"[^a-z0-9_-]+", "-", name.rpartition("/")[2].lower()).strip("-")
-
-
-def _write_heads(store: FeatureStore, folder: Path, source: _Source) -> None:
-    names, settings = source.names, store.settings
-    owned = {"creatorId": names.creator_id, "createdAt": source.created}
-    heads: dict[str, dict[str, Any]] = {
-        "release": {
-            "name": names.release,
-            "description": names.description,
-            "descriptionShort": names.description,
-            "creatorName": names.creator_name,
-            "creatorNameShort": names.creator_name,
-            "urls": [names.url] if names.url else [],
-            "visibility": "PUBLIC",
-            **owned,
-        },
-        "model": {
-            "id": source.model_id,
-            "instruct": True,
-            "displayName": source.model_id,
-            "displayNameShort": source.model_id,
-            "layers": 0,
-            "neuronsPerLayer": 0,
-            "owner": "",
-            "visibility": "PUBLIC",
-            "updatedAt": source.created,
-            **owned,
-        },
-        "sourceset": {
-            "modelId": source.model_id,
-            "name": names.source_set,
-            "description": names.description,
-            "creatorName": names.creator_name,
-            "releaseName": names.release,
-            "urls": [names.url] if names.url else [],
-            "visibility": "PUBLIC",
-            **owned,
-        },
-        "source": {
-            "id": source.source_id,
-            "modelId": source.model_id,
-            "setName": names.source_set,
-            "dataset": name_of((settings.get("dataset") or {}).get("name")),
-            "num_prompts": settings.get("n_prompts"),
-            "num_tokens_in_prompt": settings.get("context_size"),
-            "hfRepoId": names.hf_repo,
-            "hfFolderId": names.hf_folder,
-            "notes": f"Harvested from {store.hook_name} by sae-lens-multimodal.",
-            "visibility": "PUBLIC",
-            **owned,
-        },
-    }
-    for name, row in heads.items():
-        write_bytes(folder / f"{name}.jsonl", _lines([row]))
 
 
 def _write_batch(folder: Path, number: int, batch: Sequence[FeatureRows], source: _Source) -> None:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from sae_lens_multimodal.features.example import Example
     from sae_lens_multimodal.features.schema import Kind
     from sae_lens_multimodal.features.store import FeatureStore
-    from sae_lens_multimodal.report.neuronpedia import NeuronpediaNames
+    from sae_lens_multimodal.report.neuronpedia_heads import NeuronpediaNames
     from sae_lens_multimodal.report.runs import SortedRun
 
 SHOWN: tuple[Kind, ...] = ("top", "ordinary")

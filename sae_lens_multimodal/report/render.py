@@ -17,7 +17,7 @@ from sae_lens_multimodal.report.script_data import script_json
 if TYPE_CHECKING:
     from sae_lens_multimodal.report.view import ComparisonView, FeatureView, ReportView
 
-STATIC_FILES = ("report.css", "common.js", "heat.js", "index.js", "feature.js", "compare.js")
+STATIC_FILES = ("report.css", "common.js", "heat.js", "map.js", "index.js", "feature.js", "compare.js")
 
 
 @cache

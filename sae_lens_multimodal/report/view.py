@@ -298,7 +298,6 @@ class ReportView:
     title: str
     facts: tuple[FactView, ...]
     tables: tuple[TableView, ...]
-    n_features: int
     score_names: tuple[str, ...]
     """Of the report's own run."""
     measure_names: tuple[str, ...] = ()

@@ -39,9 +39,7 @@ def entry(number: int) -> IndexEntry:
 @pytest.fixture(scope="module")
 def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("many")
-    report = ReportView(
-        title="Many", facts=(), tables=(), n_features=N, score_names=("detection",), measure_names=("masks iou",)
-    )
+    report = ReportView(title="Many", facts=(), tables=(), score_names=("detection",), measure_names=("masks iou",))
     index = IndexData(folder, report, sort="value:detection")
     for number in range(N):
         index.add(entry(number))
@@ -164,3 +162,20 @@ def test_table_heads_keep_the_focus(browser: Chrome, many: Path) -> None:
     assert browser.execute_script("return document.activeElement.textContent") == "strongest ↓"
     press(browser, Keys.ENTER)
     assert browser.execute_script("return document.querySelector('th[aria-sort]').ariaSort") == "ascending"
+
+
+def test_back_leads_to_the_same_place(browser: Chrome, many: Path) -> None:
+    show(browser, many, "index.html#sort=index&reverse=1")
+    complete(browser)
+    wait(browser, "scrollTo(0, document.body.scrollHeight); return document.querySelectorAll('.card').length > 200")
+    shown = len(labels(browser))
+    browser.execute_script("document.querySelectorAll('.card a')[150].scrollIntoView()")
+    before = browser.execute_script("return scrollY")
+    browser.execute_script("document.querySelector('.card a').click()")
+    assert browser.title == "a page"
+    browser.back()
+    complete(browser)
+    assert len(labels(browser)) >= shown
+    assert wait(browser, "return scrollY") == pytest.approx(before, abs=400)
+    show(browser, many, "index.html#sort=index&reverse=1")
+    assert browser.execute_script("return scrollY") == 0, "only on the way back"

@@ -13,7 +13,8 @@ import pytest
 
 from sae_lens_multimodal.errors import ConfigError, StoreError
 from sae_lens_multimodal.features.store import FeatureStore
-from sae_lens_multimodal.report.neuronpedia import NeuronpediaNames, export_neuronpedia
+from sae_lens_multimodal.report.neuronpedia import export_neuronpedia
+from sae_lens_multimodal.report.neuronpedia_heads import NeuronpediaNames
 from sae_lens_multimodal.report.neuronpedia_rows import spelt_tokens
 from sae_lens_multimodal.report.records import Run
 from tests.report.report_sample import EVIL_END, HALF, TEXT_FEATURE, explanations, scores, verdicts

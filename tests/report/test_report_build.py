@@ -32,7 +32,7 @@ from tests.report.report_sample import (
 )
 
 SCRIPTS = {
-    "index.html": ["static/common.js", "data/index.js", "static/index.js"],
+    "index.html": ["static/common.js", "data/index.js", "static/map.js", "static/index.js"],
     "compare.html": ["static/common.js", "static/compare.js"],
     "features": ["../static/common.js", "../static/heat.js", "../static/feature.js"],
 }
