@@ -78,7 +78,7 @@ def _by_feature(records: Iterable[_R]) -> dict[int, list[_R]]:
 
 
 def read_run(
-    folders: Iterable[Path],
+    folders: Iterable[Path | str],
     *,
     name: str = "",
     store: FeatureStore | None = None,
@@ -95,7 +95,7 @@ def read_run(
     Raises:
         StoreError: a folder holds nothing of the kind, or results of another SAE or hook.
     """
-    found = [part for folder in folders for part in _parts(folder)]
+    found = [part for folder in folders for part in _parts(Path(folder))]
     explanations: list[Explanation] = []
     scores: list[Score] = []
     verdicts: list[Verdict] = []
