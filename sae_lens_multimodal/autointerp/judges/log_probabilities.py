@@ -10,6 +10,9 @@ from dataclasses import dataclass
 MOST_TOP = 20
 """So many of the likeliest tokens OpenAI's API gives at most, and other servers unless they are told otherwise."""
 
+_ROUNDING = 1e-3
+"""Above this a number is no logarithm of a probability."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ReplyToken:
@@ -71,4 +74,4 @@ def _token_and_number(entry: object) -> tuple[str, float] | None:
     token, value = getattr(entry, "token", None), getattr(entry, "logprob", None)
     if not isinstance(token, str) or not isinstance(value, int | float) or isinstance(value, bool):
         return None
-    return (token, min(float(value), 0.0)) if math.isfinite(value) else None
+    return (token, min(float(value), 0.0)) if math.isfinite(value) and value <= _ROUNDING else None

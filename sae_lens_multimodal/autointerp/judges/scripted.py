@@ -37,6 +37,11 @@ class ScriptedJudge(Judge):
         """The name given."""
         return self._name
 
+    @property
+    def gives_log_probabilities(self) -> bool:
+        """It may: a whole `JudgeReply` can hold them."""
+        return True
+
     def _replies(self, requests: Sequence[JudgeRequest]) -> Iterator[tuple[int, Outcome]]:
         for index, request in enumerate(requests):
             self.requests.append(request)
