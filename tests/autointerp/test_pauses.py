@@ -228,7 +228,7 @@ def test_what_came_in_before_the_stop_is_handed_on(tmp_path: Path) -> None:
         time.sleep(1.0)
         taken = 0
 
-        def stop(*_: Any) -> Any:
+        def stop(*_: Any, **__: Any) -> Any:
             raise KeyboardInterrupt
 
         original, module.wait = module.wait, stop
