@@ -25,7 +25,9 @@ from sae_lens_multimodal.adapters.model import VisionLanguageModel
 from sae_lens_multimodal.autointerp.embedding import TextImageEmbedding, tower_embedding
 from sae_lens_multimodal.autointerp.explanation import Explanation
 from sae_lens_multimodal.autointerp.judges import FailureKind, JudgeFailure, JudgeRequest, ScriptedJudge
-from sae_lens_multimodal.autointerp.measures import Measure, Measurer, measure, read_measures, summarise_measures
+from sae_lens_multimodal.autointerp.measure_summary import summarise_measures
+from sae_lens_multimodal.autointerp.measurer import Measure, Measurer
+from sae_lens_multimodal.autointerp.measures import measure, read_measures
 from sae_lens_multimodal.autointerp.prompts import GeneralPrompts
 from sae_lens_multimodal.autointerp.results import read_scores, read_verdicts, summarise
 from sae_lens_multimodal.autointerp.score import score
@@ -308,7 +310,14 @@ def test_steering_makes_the_model_say_what_the_feature_writes(
     measurer = SteeringScorer(model, red_sae(model), store, judge, BOOK, asked, max_new_tokens=3)
     explained = [Explanation(feature=0, text="red"), Explanation(feature=1, text="green")]
     red, green = run(store, measurer, tmp_path / "out", explanations=explained)
-    assert red.found.values == {"said_before": 0, "said": 1, "said_random": 0, "effect": 1, "said_strict": 1}
+    assert red.found.values == {
+        "said_before": 0,
+        "said": 1,
+        "said_random": 0,
+        "effect": 1,
+        "said_strict": 1,
+        "effect_strict": 1,
+    }
     assert green.found.values["effect"] == 0
     with pytest.raises(ConfigError, match="expected some"):
         SteeringScorer(model, red_sae(model), store, judge, BOOK, [])
