@@ -54,7 +54,8 @@ def noun_phrase(explanation: str) -> str:
     text = text[len(found.group()) :] if (found := _LEAD_IN.match(text)) else text
     end = _ENDS.search(text)
     words = (text if end is None else text[: end.start()]).split()
-    return " ".join(words[:MOST_WORDS]).lower()
+    phrase = " ".join(words[:MOST_WORDS]).lower()
+    return phrase if any(character.isalnum() for character in phrase) else ""
 
 
 class Segmenter(ABC):

@@ -30,8 +30,8 @@ class MaskScorer(Measurer):
     its size and shape. A picture whose mask is not known is left out; in the strict numbers it counts as missed.
 
     Args:
-        mask_of: gives the masks: given ones (`masks_in_folder`), or those of a text-to-mask model
-            (`autointerp.segmenters`). None: it gives no numbers, and says so.
+        mask_of: gives the masks: given ones (a function, or `autointerp.mask_files.FolderMasks`), or those of a
+            text-to-mask model (`autointerp.segmenters`). None: it gives no numbers, and says so.
         source: where the masks come from, recorded with the results.
         n_items: pictures at most.
         threshold: share of the picture's strongest activation from which on a pixel counts.
