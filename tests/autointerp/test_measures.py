@@ -28,10 +28,11 @@ from sae_lens_multimodal.autointerp.judges import FailureKind, JudgeFailure, Jud
 from sae_lens_multimodal.autointerp.measure_summary import summarise_measures
 from sae_lens_multimodal.autointerp.measurer import Measure, Measurer
 from sae_lens_multimodal.autointerp.measures import measure, read_measures
+from sae_lens_multimodal.autointerp.metrics import auroc
 from sae_lens_multimodal.autointerp.prompts import GeneralPrompts
 from sae_lens_multimodal.autointerp.results import read_scores, read_verdicts, summarise
 from sae_lens_multimodal.autointerp.score import score
-from sae_lens_multimodal.autointerp.scorers.embedding import EmbeddingScorer, auroc
+from sae_lens_multimodal.autointerp.scorers.embedding import EmbeddingScorer
 from sae_lens_multimodal.autointerp.scorers.intruder import IntruderScorer
 from sae_lens_multimodal.autointerp.scorers.masks import MaskScorer
 from sae_lens_multimodal.autointerp.scorers.simulation import SimulationScorer, average_precision

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-from jaxtyping import Float
 
 from sae_lens_multimodal.autointerp.measurer import SKIPPED, Measured, Measurer, Plan, averages, by_band
+from sae_lens_multimodal.autointerp.metrics import auroc
 from sae_lens_multimodal.autointerp.regions import crop, find_regions, silent_region
 from sae_lens_multimodal.autointerp.styles import RegionStyle
 
@@ -66,14 +66,3 @@ class EmbeddingScorer(Measurer):
             values["auroc"] = auroc(near[:n], near[2 * n :])
         near_to = Measured(values=values, by_band=by_band([one for one, _ in pairs], rows), n=n + len(quiet))
         return Plan(finish=lambda _, __: near_to)
-
-
-def auroc(above: Float[np.ndarray, "n"], below: Float[np.ndarray, "m"]) -> float:
-    """Chance that a value of the first is greater than one of the second; equal ones count half (Mann-Whitney).
-
-    Example:
-        >>> auroc(np.array([0.9, 0.5]), np.array([0.1, 0.5]))
-        0.875
-    """
-    difference = above[:, None] - below[None, :]
-    return float((difference > 0).mean() + 0.5 * (difference == 0).mean())
