@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from sae_lens import SAE, StandardSAEConfig
 from sklearn.metrics import average_precision_score, roc_auc_score
 from transformers import (
     CLIPConfig,
@@ -41,11 +40,10 @@ from sae_lens_multimodal.errors import ConfigError, ModelLoadError, SelectionErr
 from sae_lens_multimodal.features.store import FeatureStore
 from sae_lens_multimodal.scenes.prompt_book import scenes_prompt_book
 from sae_lens_multimodal.scenes.world import make_scene
-from tests.autointerp.sample import COLOURS, HOOK, TEXT_FEATURE, perfect, seen_colours
+from tests.autointerp.sample import COLOURS, HOOK, LAST_HOOK, TEXT_FEATURE, perfect, red_sae, seen_colours
 
 BOOK = scenes_prompt_book()
 RIGHT = [Explanation(feature=feature, text=colour) for feature, colour in enumerate(COLOURS)]
-LAST_HOOK = "blocks.5.hook_resid_post"
 
 
 def run(store: FeatureStore, measurer: Measurer, output: Path, **options: Any) -> list[Measure]:
@@ -286,20 +284,6 @@ def test_unknown_masks_count_as_nothing_in_the_strict_numbers(store: FeatureStor
     for one in run(store, half, tmp_path / "out", control=False):
         assert one.found.n_failed == one.found.n / 2
         assert one.found.values["iou_strict"] == pytest.approx(one.found.values["iou"] / 2)
-
-
-def red_sae(model: VisionLanguageModel) -> SAE[Any]:
-    """Feature 0 writes the word "red" into the last layer; the others write nothing."""
-    config = StandardSAEConfig(d_in=model.d_model, d_sae=16, dtype="float32", device="cpu")
-    sae = SAE.from_dict(config.to_dict())
-    rows = model._module.get_input_embeddings().weight.detach().float()
-    (word,) = model.tokenizer.encode("red", add_special_tokens=False)
-    with torch.no_grad():
-        for parameter in sae.parameters():
-            parameter.zero_()
-        sae.W_dec[0] = 40 * rows[word] / rows[word].norm()
-    sae.cfg.metadata.hook_name, sae.cfg.metadata.model_name = LAST_HOOK, str(model.name)
-    return sae
 
 
 def test_steering_makes_the_model_say_what_the_feature_writes(
