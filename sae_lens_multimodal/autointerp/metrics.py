@@ -139,6 +139,26 @@ def auroc(above: Float[np.ndarray, "n"], below: Float[np.ndarray, "m"]) -> float
     return float((difference > 0).mean() + 0.5 * (difference == 0).mean())
 
 
+def expected_calibration_error(confidences: Sequence[float], truths: Sequence[bool], *, n_bins: int = 10) -> float:
+    """Mean distance of confidence and frequency over equal bins, weighted by their size (Guo et al. 2017).
+
+    Args:
+        confidences: how sure the judge is that the answer is yes, from 0 to 1.
+        truths: whether it is.
+        n_bins: of confidence.
+
+    Example:
+        >>> round(expected_calibration_error([1.0, 1.0, 0.0, 0.0], [True, False, False, False]), 6)
+        0.25
+    """
+    sure, right = np.asarray(confidences, dtype=np.float64), np.asarray(truths, dtype=np.float64)
+    bins = np.minimum((sure * n_bins).astype(int), n_bins - 1)
+    gaps = [
+        abs(sure[bins == one].mean() - right[bins == one].mean()) * (bins == one).mean() for one in set(bins.tolist())
+    ]
+    return float(sum(gaps))
+
+
 def derangement(texts: Sequence[str], *, seed: int) -> list[int | None]:
     """Give every text another one that reads differently, each as rarely as possible more than once.
 
