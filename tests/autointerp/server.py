@@ -60,6 +60,8 @@ class Server:
         """When each request came."""
         self.released = threading.Event()
         """Set when the test is over: whoever hangs may go."""
+        self.die: Callable[[], None] = lambda: None
+        """Stop listening at once, as a process that is killed does."""
 
 
 @contextmanager
@@ -97,6 +99,8 @@ def serving(answer: Callable[[int, dict[str, Any], Server], Answer]) -> Iterator
     lock = threading.Lock()
     http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server = Server(f"http://127.0.0.1:{http.server_address[1]}/v1")
+    # from a thread of its own: who handles a request cannot wait for the end of the loop that handles requests
+    server.die = lambda: (http.socket.close(), threading.Thread(target=http.shutdown).start())[0]
     thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
     try:

@@ -136,6 +136,7 @@ class OpenAIJudge(Judge):
         self._key_variable = api_key_variable
         self._pause = SharedPause()
         self._token_limit_field = token_limit_field
+        _let_anyio_load()
         # its own retries pass over long pauses, and its timeout starts again with every byte
         self._client = openai.AsyncOpenAI(
             base_url=base_url,
@@ -339,6 +340,16 @@ class OpenAIJudge(Judge):
             f"The judge {self.id} {line}; expected an OpenAI-compatible server that knows this model. Start it or "
             "correct model, base_url and key, then run again: what was answered so far is kept."
         )
+
+
+def _let_anyio_load() -> None:
+    """Allow what the asynchronous client imports at its first request to be imported after nnsight.
+
+    nnsight gives every object a method `save`; anyio refuses classes of its own that have an attribute without a type.
+    """
+    from anyio import TypedAttributeSet
+
+    TypedAttributeSet.__annotations__ = {**TypedAttributeSet.__annotations__, "save": object}
 
 
 class _Health:
