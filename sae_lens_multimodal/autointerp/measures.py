@@ -170,7 +170,7 @@ def _opened(output: Path | str, measurers: Sequence[Measurer], others: Mapping[s
     wanted = json.loads(json.dumps({one.name: one.settings() for one in measurers}))
     settings = {"measurers": earlier or wanted, **others}
     folder = RecordFolder(path, kind=KIND, schema_version=SCHEMA_VERSION, settings=settings)
-    measured = {one["measurer"] for one in folder.read(MEASURES) if not Measured(**one["found"]).is_skipped}
+    measured = {one["measurer"] for one in folder.read(MEASURES) if one["found"]["n"]}
     for name in sorted(measured & wanted.keys() & earlier.keys()):
         if earlier[name] != wanted[name]:
             raise StoreError(
