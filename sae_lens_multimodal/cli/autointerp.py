@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 EXPLANATIONS_FOLDER = "explanations"
 SCORES_FOLDER = "scores"
 ANSWERS_FILE = "answers.sqlite"
+CALIBRATION_FILE = "calibration.json"
 
 
 def explain(options: Namespace) -> None:
@@ -77,9 +78,9 @@ def score(options: Namespace) -> None:
 def calibrate(options: Namespace) -> None:
     """Ask a judge what is known, and say how far it can be trusted."""
     from sae_lens_multimodal.autointerp.calibration import calibrate as run
-    from sae_lens_multimodal.autointerp.calibration import calibration_lines
+    from sae_lens_multimodal.autointerp.calibration_text import agreement_line, calibration_lines
     from sae_lens_multimodal.autointerp.prompts import GeneralPrompts
-    from sae_lens_multimodal.files import write_json
+    from sae_lens_multimodal.files import read_json, write_json
     from sae_lens_multimodal.scenes.planted import planted_features
 
     planted = planted_features(options.features, n_regions=options.regions, seed=options.seed)
@@ -89,9 +90,10 @@ def calibrate(options: Namespace) -> None:
         return
     answers = None if options.output is None else options.output / ANSWERS_FILE
     found = run(make_judge(options, answers), planted, book, seed=options.seed)
-    print_lines(*calibration_lines(found))
+    others = [read_json(folder / CALIBRATION_FILE) for folder in options.compare]
+    print_lines(*calibration_lines(found), *(agreement_line(found, other) for other in others))
     if options.output is not None:
-        write_json(options.output / "calibration.json", found.to_json())
+        write_json(options.output / CALIBRATION_FILE, found.to_json())
 
 
 def _procedure(options: Namespace, store: FeatureStore) -> Procedure | None:

@@ -183,6 +183,14 @@ def _add_calibrate(commands: Commands[argparse.ArgumentParser]) -> None:
     calibrate.add_argument("--features", type=int, default=24, help="planted features (default: %(default)s)")
     calibrate.add_argument("--regions", type=int, default=3, help="regions of each (default: %(default)s)")
     calibrate.add_argument("--output", type=Path, help="folder for calibration.json and the answers")
+    calibrate.add_argument(
+        "--compare",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FOLDER",
+        help="--output of another judge: how far the two agree beyond chance (repeat for several)",
+    )
     calibrate.add_argument("--seed", type=int, default=0)
 
 

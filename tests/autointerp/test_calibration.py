@@ -16,8 +16,8 @@ from sae_lens_multimodal.autointerp.calibration import (
     PlantedFeature,
     agreement,
     calibrate,
-    calibration_lines,
 )
+from sae_lens_multimodal.autointerp.calibration_text import calibration_lines
 from sae_lens_multimodal.autointerp.judges import FailureKind, JudgeFailure, JudgeReply, JudgeRequest, ScriptedJudge
 from sae_lens_multimodal.autointerp.judges.log_probabilities import ReplyToken
 from sae_lens_multimodal.autointerp.prompts import GeneralPrompts

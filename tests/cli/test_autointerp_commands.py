@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from sae_lens_multimodal.adapters.model import VisionLanguageModel
+from sae_lens_multimodal.autointerp.calibration import agreement
 from sae_lens_multimodal.autointerp.explanation import read_explanations
 from sae_lens_multimodal.autointerp.measures import read_measures
 from sae_lens_multimodal.autointerp.results import read_scores
@@ -29,6 +30,20 @@ def test_calibrate_prints_a_table_and_keeps_it(capsys: pytest.CaptureFixture[str
     assert found["n_features"] == 3
     # one request is one crop of one region with one word; explanations ask the same in both orders of one region
     assert int(foretold.split()[0]) == len(found["answers"]) + 3
+    assert found["confidence"] == "probabilities"
+    other = {"judge": "one who says no", "answers": {key: not answer for key, answer in found["answers"].items()}}
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "calibration.json").write_text(json.dumps(other))
+    (tmp_path / "third").mkdir()
+    (tmp_path / "third" / "calibration.json").write_text("[]")
+    assert main((*command, "--compare", str(tmp_path), "--compare", str(tmp_path / "other"))) == 0
+    same, opposite = capsys.readouterr().out.splitlines()[-2:]
+    assert same.endswith("(Cohen's kappa): 1.00")
+    kappa = agreement(found["answers"], other["answers"])
+    assert opposite == f"agreement with one who says no (Cohen's kappa): {kappa:.2f}"
+    assert kappa is not None and kappa < 0
+    assert main((*command, "--compare", str(tmp_path / "third"))) == 1
+    assert "is no calibration" in capsys.readouterr().err
 
 
 def test_explain_and_score_with_procedure_dry_run_and_budget(

@@ -14,7 +14,6 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import suppress
 from itertools import combinations, islice
 from typing import Any, Literal, NamedTuple
-from urllib.parse import urlsplit
 
 from sae_lens_multimodal.autointerp.judges.background import BackgroundLoop
 from sae_lens_multimodal.autointerp.judges.base import (
@@ -33,13 +32,11 @@ from sae_lens_multimodal.autointerp.judges.openai_reply import (
     said_by,
     status_kind,
 )
+from sae_lens_multimodal.autointerp.judges.openai_settings import api_key, check_settings, place_of
 from sae_lens_multimodal.autointerp.judges.pause import SharedPause, asked_seconds, growing_seconds
-from sae_lens_multimodal.errors import ConfigError, JudgeError
+from sae_lens_multimodal.errors import JudgeError
 
 logger = logging.getLogger(__name__)
-
-HOSTED = "api.openai.com"
-"""Where the client goes when no base URL is given."""
 
 _WITHOUT_ANSWER = frozenset({FailureKind.SERVER, FailureKind.TIMEOUT})
 _BUSY = frozenset({429, 503})
@@ -118,7 +115,7 @@ class OpenAIJudge(Judge):
         import openai
 
         base_url = base_url or os.environ.get("OPENAI_BASE_URL")
-        _check_settings(
+        check_settings(
             base_url,
             positive={"concurrency": concurrency, "give_up_after": give_up_after, "timeout_seconds": timeout_seconds},
             at_least_zero={"max_retries": max_retries, "longest_pause_seconds": longest_pause_seconds},
@@ -127,7 +124,7 @@ class OpenAIJudge(Judge):
         self.concurrency, self.give_up_after = concurrency, give_up_after
         self.timeout_seconds, self.max_retries = timeout_seconds, max_retries
         self.longest_pause_seconds = longest_pause_seconds
-        self._place = _place(base_url)
+        self._place = place_of(base_url)
         self._options: dict[str, Any] = {} if temperature is None else {"temperature": temperature}
         self._extra_body = dict(extra_body or {})
         self._structured = structured
@@ -140,7 +137,7 @@ class OpenAIJudge(Judge):
         # its own retries pass over long pauses, and its timeout starts again with every byte
         self._client = openai.AsyncOpenAI(
             base_url=base_url,
-            api_key=_api_key(api_key_variable, needed=base_url is None),
+            api_key=api_key(api_key_variable, needed=base_url is None),
             timeout=None,
             max_retries=0,
         )
@@ -387,31 +384,3 @@ async def _wait(closing: asyncio.Event, seconds: float) -> None:
     with suppress(TimeoutError):
         async with asyncio.timeout(seconds):
             await closing.wait()
-
-
-def _check_settings(base_url: str | None, *, positive: Mapping[str, float], at_least_zero: Mapping[str, float]) -> None:
-    if base_url is not None and urlsplit(base_url).scheme not in ("http", "https"):
-        raise ConfigError(f"base_url is {base_url!r}; expected a URL such as 'http://127.0.0.1:8000/v1'.")
-    for name, value in (*positive.items(), *at_least_zero.items()):
-        if value < 0 or (value == 0 and name in positive):
-            raise ConfigError(f"{name} is {value}; expected {'more than' if name in positive else 'at least'} 0.")
-
-
-def _place(base_url: str | None) -> str:
-    """Name the server without path and credentials."""
-    if base_url is None:
-        return HOSTED
-    parts = urlsplit(base_url)
-    return f"{parts.hostname}:{parts.port}" if parts.port else str(parts.hostname)
-
-
-def _api_key(variable: str, *, needed: bool) -> str:
-    key = os.environ.get(variable)
-    if key:
-        return key
-    if needed:
-        raise JudgeError(
-            f"The environment variable {variable} is not set; expected the API key of {HOSTED} there. Set it, or give "
-            "the base_url of a server that needs none."
-        )
-    return "none"
