@@ -18,8 +18,14 @@ from sae_lens_multimodal.autointerp.calibration import (
     calibrate,
 )
 from sae_lens_multimodal.autointerp.calibration_text import calibration_lines
-from sae_lens_multimodal.autointerp.judges import FailureKind, JudgeFailure, JudgeReply, JudgeRequest, ScriptedJudge
-from sae_lens_multimodal.autointerp.judges.log_probabilities import ReplyToken
+from sae_lens_multimodal.autointerp.judges import (
+    FailureKind,
+    JudgeFailure,
+    JudgeReply,
+    JudgeRequest,
+    ReplyToken,
+    ScriptedJudge,
+)
 from sae_lens_multimodal.autointerp.prompts import GeneralPrompts
 from sae_lens_multimodal.errors import ConfigError
 from sae_lens_multimodal.scenes.planted import planted_features

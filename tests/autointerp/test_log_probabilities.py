@@ -26,10 +26,10 @@ from sae_lens_multimodal.autointerp.judges import (
     JudgeReply,
     JudgeRequest,
     OpenAIJudge,
+    ReplyToken,
     ScriptedJudge,
     TransformersJudge,
 )
-from sae_lens_multimodal.autointerp.judges.log_probabilities import ReplyToken
 from sae_lens_multimodal.scenes import make_scene
 from sae_lens_multimodal.scenes.prompt_book import scenes_prompt_book
 from tests.autointerp.server import Answer, Server, completion, error, serving

@@ -22,10 +22,10 @@ from sae_lens_multimodal.autointerp.judges import (
     JudgeRequest,
     OpenAIJudge,
     Outcome,
+    ReplyToken,
     ScriptedJudge,
     TransformersJudge,
 )
-from sae_lens_multimodal.autointerp.judges.log_probabilities import ReplyToken
 from sae_lens_multimodal.autointerp.measurer import Measure
 from sae_lens_multimodal.autointerp.measures import measure
 from sae_lens_multimodal.autointerp.prompts import GeneralPrompts

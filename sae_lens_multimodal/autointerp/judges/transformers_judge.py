@@ -128,7 +128,7 @@ class TransformersJudge(Judge):
         texts = [text.strip() for text in self.model.tokenizer.batch_decode(new, skip_special_tokens=True)]
         likely: list[tuple[ReplyToken, ...] | None] = [None] * len(texts)
         if n_top:
-            likely = list(self._reply_tokens(new, torch.stack(found.logits, dim=1), n_top))
+            likely = list(self._reply_tokens(new, found.logits, n_top))
         counted = batch["attention_mask"].sum(dim=1).tolist()
         return [
             JudgeReply(text=text, tokens_in=n_in, tokens_out=self._count(text), log_probabilities=one)
@@ -150,7 +150,7 @@ class TransformersJudge(Judge):
         with self.model.trace(**shortened(self.model, longer, len(ids))):
             logits = self.model.output.logits.save()
         new = torch.tensor(ids).expand(len(requests), -1)
-        likely = self._reply_tokens(new, logits[:, -len(ids) :], requests[0].top_log_probabilities)
+        likely = self._reply_tokens(new, logits[:, -len(ids) :].unbind(1), requests[0].top_log_probabilities)
         counted = batch["attention_mask"].sum(dim=1).tolist()
         return [
             JudgeReply(text=text, tokens_in=n_in + len(ids) - 1, log_probabilities=one)
@@ -158,12 +158,19 @@ class TransformersJudge(Judge):
         ]
 
     def _reply_tokens(
-        self, new: Int[Tensor, "rows n"], logits: Float[Tensor, "rows n vocabulary"], n_top: int
+        self, new: Int[Tensor, "rows n"], logits: Sequence[Float[Tensor, "rows vocabulary"]], n_top: int
     ) -> Iterator[tuple[ReplyToken, ...]]:
         """Give the tokens of each row that are text, with the log-probabilities of the full vocabulary."""
-        every = logits.float().log_softmax(dim=-1)
-        own = every.gather(-1, new.to(every.device)[..., None])[..., 0].tolist()
-        best, which = (part.tolist() for part in every.topk(min(n_top, every.shape[-1]), dim=-1))
+        own: list[list[float]] = []
+        best: list[list[list[float]]] = []
+        which: list[list[list[int]]] = []
+        # one place at a time: all of them in float32 would take more memory than the rest
+        for place, one in enumerate(logits):
+            every = one.float().log_softmax(dim=-1)
+            own.append(every.gather(-1, new[:, place].to(every.device)[:, None])[:, 0].tolist())
+            values, tokens = every.topk(min(n_top, every.shape[-1]), dim=-1)
+            best.append(values.tolist())
+            which.append(tokens.tolist())
         control = set(self.model.tokenizer.all_special_ids)
         for row, ids in enumerate(new.tolist()):
             kept = [place for place, token in enumerate(ids) if token not in control]
@@ -171,8 +178,8 @@ class TransformersJudge(Judge):
             yield tuple(
                 ReplyToken(
                     token=text,
-                    log_probability=own[row][place],
-                    top=tuple(zip(map(self._one, which[row][place]), best[row][place], strict=True)),
+                    log_probability=own[place][row],
+                    top=tuple(zip(map(self._one, which[place][row]), best[place][row], strict=True)),
                 )
                 for place, text in zip(kept, spelt, strict=True)
             )
