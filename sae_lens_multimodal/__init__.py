@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from sae_lens_multimodal.adapters.model import load_model as load_model
     from sae_lens_multimodal.autointerp.constraints import annotate_constraints as annotate_constraints
     from sae_lens_multimodal.autointerp.explain import explain as explain
+    from sae_lens_multimodal.autointerp.measure_summary import summarise_measures as summarise_measures
+    from sae_lens_multimodal.autointerp.measures import measure as measure
     from sae_lens_multimodal.autointerp.score import score as score
     from sae_lens_multimodal.concepts.dictionary import ConceptDictionary as ConceptDictionary
     from sae_lens_multimodal.concepts.dictionary import find_concepts as find_concepts
@@ -158,6 +160,7 @@ _HOMES = {
     "load_published_sae": "training.published",
     "load_sae": "hooks.load_sae",
     "logit_lens": "hooks.lens",
+    "measure": "autointerp.measures",
     "measure_edit": "editing.measure",
     "ordinary_keys": "editing.keys",
     "read_activations": "hooks.read",
@@ -170,6 +173,7 @@ _HOMES = {
     "score": "autointerp.score",
     "steer": "hooks.steer",
     "steering_vector": "hooks.vectors",
+    "summarise_measures": "autointerp.measure_summary",
     "trace_features": "hooks.trace_story",
 }
 

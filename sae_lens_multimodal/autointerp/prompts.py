@@ -159,6 +159,24 @@ class PromptBook(ABC):
         del reply, rows, columns
         return None
 
+    def caption(self, explanation: str, views: Sequence[Image.Image]) -> JudgeRequest | None:
+        """Ask what a region shows, and give the explanation for the reply: how likely is it there?
+
+        Returns:
+            None in a book that has no words for it.
+        """
+        del explanation, views
+        return None
+
+    def compose(self, explanation: str | None, text: str) -> JudgeRequest | None:
+        """Ask for a text that fits an explanation, or for any text, and give the text for the reply: how likely is it?
+
+        Returns:
+            None in a book that has no words for it.
+        """
+        del explanation, text
+        return None
+
     @abstractmethod
     def read_verdict(self, reply: str) -> bool | None:
         """Read a yes or no to any of the four questions above."""
@@ -387,6 +405,22 @@ class GeneralPrompts(PromptBook):
             if not all(isinstance(cell, int | float) and not isinstance(cell, bool) and 0 <= cell <= 9 for cell in row):
                 return None
         return [[float(cell) for cell in row] for row in grid]
+
+    def caption(self, explanation: str, views: Sequence[Image.Image]) -> JudgeRequest:
+        """Ask in words that explanations answer."""
+        question = f"This is a region of a picture{_explained(self.fuzz_style.view)}. Say in a few words what it shows."
+        return self._given([*views, question], explanation)
+
+    def compose(self, explanation: str | None, text: str) -> JudgeRequest:
+        """Without an explanation any text fits."""
+        described = "various texts that have nothing in common" if explanation is None else explanation
+        question = (
+            f"Description: {described}\nWrite a stretch of text that fits the description. Answer with the text alone."
+        )
+        return self._given([question], text)
+
+    def _given(self, parts: Sequence[Part], reply: str) -> JudgeRequest:
+        return JudgeRequest(parts=tuple(parts), given_reply=reply.strip(), prompt_version=self.version)
 
     def _request(self, parts: Sequence[Part], max_new_tokens: int, schema: str) -> JudgeRequest:
         return JudgeRequest(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from sae_lens_multimodal.cli.autointerp import calibrate, explain, score
 from sae_lens_multimodal.cli.concepts import concepts
 from sae_lens_multimodal.cli.editing import edit
+from sae_lens_multimodal.cli.measuring import measure
 from sae_lens_multimodal.cli.options import parse_changes
 from sae_lens_multimodal.cli.reporting import export, report
 from sae_lens_multimodal.cli.tracing import trace
@@ -238,6 +239,7 @@ COMMANDS: dict[str, Callable[[Namespace], None]] = {
     "harvest": harvest,
     "explain": explain,
     "score": score,
+    "measure": measure,
     "calibrate": calibrate,
     "report": report,
     "export": export,

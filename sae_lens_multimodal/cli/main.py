@@ -10,6 +10,7 @@ from pathlib import Path
 
 from sae_lens_multimodal.cli.concepts import add_concepts
 from sae_lens_multimodal.cli.editing import add_edit
+from sae_lens_multimodal.cli.measuring import add_measure_flags
 from sae_lens_multimodal.cli.reporting import add_export, add_report
 from sae_lens_multimodal.cli.tracing import add_trace
 from sae_lens_multimodal.errors import MultimodalError
@@ -34,6 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_harvest(commands)
     _add_explain(commands)
     _add_score(commands)
+    _add_measure(commands)
     _add_calibrate(commands)
     add_report(commands)
     add_export(commands)
@@ -162,6 +164,17 @@ def _add_score(commands: Commands[argparse.ArgumentParser]) -> None:
     score.add_argument("--seed", type=int, default=0)
 
 
+def _add_measure(commands: Commands[argparse.ArgumentParser]) -> None:
+    measure = commands.add_parser(
+        "measure",
+        help="measure explanations in numbers: intruder, simulation, embedding, masks, steering, surprisal",
+        description="Measures explanations on examples that were not shown, each beside another feature's explanation.",
+    )
+    measure.add_argument("store", type=Path, help="folder of a feature store (made by harvest)")
+    _add_judge(measure, required=False)
+    add_measure_flags(measure)
+
+
 def _add_calibrate(commands: Commands[argparse.ArgumentParser]) -> None:
     calibrate = commands.add_parser(
         "calibrate",
@@ -173,6 +186,14 @@ def _add_calibrate(commands: Commands[argparse.ArgumentParser]) -> None:
     calibrate.add_argument("--features", type=int, default=24, help="planted features (default: %(default)s)")
     calibrate.add_argument("--regions", type=int, default=3, help="regions of each (default: %(default)s)")
     calibrate.add_argument("--output", type=Path, help="folder for calibration.json and the answers")
+    calibrate.add_argument(
+        "--compare",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FOLDER",
+        help="--output of another judge: how far the two agree beyond chance (repeat for several)",
+    )
     calibrate.add_argument("--seed", type=int, default=0)
 
 
@@ -235,11 +256,13 @@ def _add_model(parser: argparse.ArgumentParser, *, required: bool = True) -> Non
     parser.add_argument("--dtype", help="float32, bfloat16, … (default: the checkpoint's)")
 
 
-def _add_judge(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--judge", required=True, help="model name at the server, or hub name or folder to load here")
+def _add_judge(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
+    parser.add_argument(
+        "--judge", required=required, help="model name at the server, or hub name or folder to load here"
+    )
     parser.add_argument("--base-url", help="OpenAI-compatible server, such as http://localhost:8000/v1")
     parser.add_argument("--api-key-env", default="OPENAI_API_KEY", help="environment variable that holds the key")
-    parser.add_argument("--device", default="cpu", help="where to run a judge that is loaded here")
+    parser.add_argument("--device", default="cpu", help="where to run what is loaded here")
     parser.add_argument(
         "--dialect", choices=("general", "scenes"), default="general", help="how the judge is spoken to"
     )

@@ -32,7 +32,7 @@ from sae_lens_multimodal.report.view import ComparisonView, ReportView
 
 if TYPE_CHECKING:
     from sae_lens_multimodal.autointerp.explanation import Explanation
-    from sae_lens_multimodal.autointerp.measures import Measure
+    from sae_lens_multimodal.autointerp.measurer import Measure
     from sae_lens_multimodal.autointerp.prompts import PromptBook
     from sae_lens_multimodal.autointerp.results import Score, Verdict
     from sae_lens_multimodal.features.store import FeatureStore

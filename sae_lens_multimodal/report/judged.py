@@ -23,7 +23,7 @@ from sae_lens_multimodal.report.view_judged import (
 
 if TYPE_CHECKING:
     from sae_lens_multimodal.autointerp.explanation import Explanation, Shown
-    from sae_lens_multimodal.autointerp.measures import Measure
+    from sae_lens_multimodal.autointerp.measurer import Measure
     from sae_lens_multimodal.autointerp.results import Score
     from sae_lens_multimodal.features.store import FeatureStore
     from sae_lens_multimodal.report.assets import Assets

@@ -11,7 +11,7 @@ from PIL import Image
 
 if TYPE_CHECKING:
     from sae_lens_multimodal.autointerp.explanation import Explanation
-    from sae_lens_multimodal.autointerp.measures import Measure
+    from sae_lens_multimodal.autointerp.measurer import Measure
     from sae_lens_multimodal.autointerp.prompts import PromptBook
     from sae_lens_multimodal.autointerp.results import Score, Verdict
 

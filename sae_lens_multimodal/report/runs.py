@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from sae_lens_multimodal.autointerp.explanation import KIND as EXPLANATIONS_KIND
 from sae_lens_multimodal.autointerp.explanation import read_explanations
+from sae_lens_multimodal.autointerp.measure_summary import summarise_measures
 from sae_lens_multimodal.autointerp.measures import KIND as MEASURES_KIND
-from sae_lens_multimodal.autointerp.measures import read_measures, summarise_measures
+from sae_lens_multimodal.autointerp.measures import read_measures
 from sae_lens_multimodal.autointerp.results import KIND as SCORES_KIND
 from sae_lens_multimodal.autointerp.results import read_scores, read_verdicts, summarise
 from sae_lens_multimodal.errors import StoreError
@@ -22,7 +23,7 @@ from sae_lens_multimodal.report.records import Cell, Run, SummaryTable
 
 if TYPE_CHECKING:
     from sae_lens_multimodal.autointerp.explanation import Explanation
-    from sae_lens_multimodal.autointerp.measures import Measure
+    from sae_lens_multimodal.autointerp.measurer import Measure
     from sae_lens_multimodal.autointerp.metrics import Interval
     from sae_lens_multimodal.autointerp.prompts import PromptBook
     from sae_lens_multimodal.autointerp.results import Score, Verdict

@@ -19,7 +19,7 @@ from sae_lens_multimodal.report.table_schema import TABLE
 if TYPE_CHECKING:
     from sae_lens_multimodal.autointerp.explanation import Explanation, Shown
     from sae_lens_multimodal.autointerp.judges.base import JudgeFailure
-    from sae_lens_multimodal.autointerp.measures import Measure
+    from sae_lens_multimodal.autointerp.measurer import Measure
     from sae_lens_multimodal.autointerp.results import Score, Verdict
     from sae_lens_multimodal.features.description import FeatureDescription
     from sae_lens_multimodal.features.store import FeatureStore

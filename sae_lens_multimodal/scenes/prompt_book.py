@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import TYPE_CHECKING, Literal
 
@@ -150,6 +150,11 @@ class ScenesPromptBook(PromptBook):
         """Ask the same about the marked words."""
         wanted = attributes_of(explanation)
         return None if wanted is None else _yes_or_no([f"{text} {q.judge_text(phrase_of(wanted))}"])
+
+    def caption(self, explanation: str, views: Sequence[Image.Image]) -> JudgeRequest | None:
+        """Ask "what is this ?"."""
+        wanted = attributes_of(explanation)
+        return replace(_free([*views, q.NAME_QUESTION]), given_reply=phrase_of(wanted)) if wanted else None
 
     def read_verdict(self, reply: str) -> bool | None:
         """Read "yes" or "no"."""

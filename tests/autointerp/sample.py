@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
+import torch
 from PIL import Image
+from sae_lens import SAE, StandardSAEConfig
 
 from sae_lens_multimodal.adapters.model import VisionLanguageModel
 from sae_lens_multimodal.autointerp.judges import JudgeRequest
@@ -26,6 +28,7 @@ TEXT_FEATURE = 4
 """Fires on the word "red" only."""
 N_SCENES, N_TEXTS = 60, 40
 HOOK = "blocks.2.hook_resid_post"
+LAST_HOOK = "blocks.5.hook_resid_post"
 
 
 def write_store(folder: Path, model: VisionLanguageModel) -> FeatureStore:
@@ -124,3 +127,17 @@ def _marked(text: str) -> Sequence[str]:
 def _common_marks(question: str) -> str:
     marks = set(_marked(question))
     return marks.pop() if len(marks) == 1 else "nothing"
+
+
+def red_sae(model: VisionLanguageModel) -> SAE[Any]:
+    """Feature 0 writes the word "red" into the last layer; the others write nothing."""
+    config = StandardSAEConfig(d_in=model.d_model, d_sae=16, dtype="float32", device="cpu")
+    sae = SAE.from_dict(config.to_dict())
+    rows = model._module.get_input_embeddings().weight.detach().float()
+    (word,) = model.tokenizer.encode("red", add_special_tokens=False)
+    with torch.no_grad():
+        for parameter in sae.parameters():
+            parameter.zero_()
+        sae.W_dec[0] = 40 * rows[word] / rows[word].norm()
+    sae.cfg.metadata.hook_name, sae.cfg.metadata.model_name = LAST_HOOK, str(model.name)
+    return sae

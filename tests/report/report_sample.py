@@ -13,7 +13,7 @@ import torch
 from sae_lens_multimodal.adapters.layout import TokenLayout
 from sae_lens_multimodal.autointerp.explanation import Candidate, Explanation, Shown
 from sae_lens_multimodal.autointerp.judges.base import FailureKind, JudgeFailure
-from sae_lens_multimodal.autointerp.measures import Measure, Measured
+from sae_lens_multimodal.autointerp.measurer import Measure, Measured
 from sae_lens_multimodal.autointerp.regions import find_regions
 from sae_lens_multimodal.autointerp.results import Score, Verdict, score_of
 from sae_lens_multimodal.autointerp.styles import RegionStyle

@@ -12,7 +12,7 @@ from selenium.webdriver.support.ui import Select
 from sklearn.metrics import cohen_kappa_score
 
 from sae_lens_multimodal.autointerp.explanation import Explanation
-from sae_lens_multimodal.autointerp.measures import Measure, Measured
+from sae_lens_multimodal.autointerp.measurer import Measure, Measured
 from sae_lens_multimodal.autointerp.results import Score, Verdict
 from sae_lens_multimodal.errors import ConfigError
 from sae_lens_multimodal.features.store import FeatureStore

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from sae_lens_multimodal.autointerp.judges.base import Judge, JudgeFailure
-from sae_lens_multimodal.autointerp.measures import Measured, Measurer, averages, by_band
+from sae_lens_multimodal.autointerp.judges.base import Judge, JudgeFailure, Outcome
+from sae_lens_multimodal.autointerp.measurer import Counted, Measured, Measurer, Plan, averages, by_band
 from sae_lens_multimodal.autointerp.regions import find_regions, show, silent_region
 
 if TYPE_CHECKING:
     from sae_lens_multimodal.autointerp.prompts import PromptBook
     from sae_lens_multimodal.autointerp.selection import HeldOut
+    from sae_lens_multimodal.features.example import Example
 
 
 class IntruderScorer(Measurer):
@@ -29,6 +31,7 @@ class IntruderScorer(Measurer):
     """
 
     name: ClassVar[str] = "intruder"
+    judge: Judge
     needs_words: ClassVar[bool] = False
 
     def __init__(self, judge: Judge, book: PromptBook, *, n_trials: int = 4, n_shown: int = 4) -> None:
@@ -43,7 +46,7 @@ class IntruderScorer(Measurer):
             "n_shown": self.n_shown,
         }
 
-    def measure(self, text: str, examples: HeldOut, rng: np.random.Generator) -> Measured:
+    def plan(self, text: str, examples: HeldOut, rng: np.random.Generator) -> Plan | Measured:
         """Ask for the intruder in each trial; it stands anywhere."""
         del text
         style = self.book.fuzz_style.without_heat
@@ -68,15 +71,19 @@ class IntruderScorer(Measurer):
             return Measured(
                 note="too few held-out examples" if too_few else "the prompt book cannot ask for an intruder"
             )
+        return Plan(requests=asked, finish=lambda outcomes, counted: self._found(outcomes, truths, others, counted))
+
+    def _found(
+        self, outcomes: Sequence[Outcome], truths: Sequence[int], others: Sequence[Example], counted: Counted
+    ) -> Measured:
         answers = [
             None if isinstance(one, JudgeFailure) else self.book.read_intruder(one.text, self.n_shown)
-            for one in self.judge.ask_all(asked, progress=False)
+            for one in outcomes
         ]
         rows = [
-            {
-                "accuracy_strict": float(answer == truth),
-                **({} if answer is None else {"accuracy": float(answer == truth)}),
-            }
+            {"accuracy_strict": float(counted == "right")}
+            if answer is None
+            else {"accuracy_strict": float(answer == truth), "accuracy": float(answer == truth)}
             for answer, truth in zip(answers, truths, strict=True)
         ]
         return Measured(
