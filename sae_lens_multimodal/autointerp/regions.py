@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -45,20 +46,22 @@ class Region:
     tokens: tuple[int, ...]
     """Positions of the patches it is made of."""
     view: Literal["base", "tiles"]
-    """Which view of the picture these patches belong to."""
+    """Which view of the picture these patches belong to: the finest in which the feature fires there."""
     patch_pixels: float
     """Shorter side of one of its patches, in pixels of the picture."""
     peak: float
-    """The strongest activation inside."""
+    """The strongest activation inside, of either view."""
 
 
 def find_regions(example: Example, *, threshold: float = 0.5) -> list[Region]:
     """Find the connected regions of pictures in which a feature fires, the strongest first.
 
     Patches count from `threshold` times the example's strongest image activation on; patches of mere padding, which
-    lie nowhere in the picture, do not count at all. In each picture the finest view in which any patch counts is used.
-    Patches are connected where they share an edge; none is added. Where it is not known which part of a picture its
-    tokens see, its region is all of it.
+    lie nowhere in the picture, do not count at all. Patches of one view are connected where they share an edge; none
+    is added. A region of the base view that overlaps patches which fire in the tiles is the same region seen more
+    coarsely: it has the extent that the tiles give it, and the strength of the stronger view. What fires in the base
+    view alone is a region of its own. Where it is not known which part of a picture its tokens see, its region is all
+    of it.
 
     Args:
         example: one feature on one prompt.
@@ -70,31 +73,45 @@ def find_regions(example: Example, *, threshold: float = 0.5) -> list[Region]:
     if not 0 < threshold <= 1:
         raise SelectionError(f"threshold is {threshold}; expected a share above 0 and at most 1.")
     values = example.image_values
-    boxes = np.asarray(example.layout.places[0])
-    has_area = _has_area(boxes)
+    has_area = _has_area(np.asarray(example.layout.places[0]))
     peak = float(values[has_area].max(initial=0.0))
     if peak <= 0:
         return []
     counted = (values >= threshold * peak) & has_area
-    image_index, tile = np.asarray(example.layout.image_index[0]), np.asarray(example.layout.tile[0])
+    image_index = np.asarray(example.layout.image_index[0])
     regions = []
     for image in np.unique(image_index[counted]).tolist():
-        here = counted & (image_index == image)
-        fine = here & (tile > 0)
-        view: Literal["base", "tiles"] = "tiles" if fine.any() else "base"
-        tokens = np.flatnonzero(fine if fine.any() else here)
-        for group in connected_groups(boxes[tokens]):
-            regions.append(_region(example, values, tokens[group], image, view))
+        regions += _of_picture(example, image, np.flatnonzero(counted & (image_index == image)))
     return sorted(regions, key=lambda region: (-region.peak, region.image, region.tokens))
+
+
+def _of_picture(example: Example, image: int, firing: Int64[np.ndarray, "n"]) -> list[Region]:
+    """Make the regions of one picture, of the patches that fire in either view."""
+    boxes, tile = np.asarray(example.layout.places[0]), np.asarray(example.layout.tile[0])
+    fine, coarse = firing[tile[firing] > 0], firing[tile[firing] == 0]
+    overlaps, borders = _meeting(boxes[coarse], boxes[fine])
+    same = overlaps | borders
+    regions = [
+        _region(example, fine[group], image, "tiles", seen_too=coarse[same[:, group].any(axis=1)])
+        for group in connected_groups(boxes[fine])
+    ]
+    kept = []
+    for group in connected_groups(boxes[coarse]):
+        # of a group that the tiles show too, what lies beside their patches is its blurred edge
+        kept += group[~same[group].any(axis=1)].tolist() if overlaps[group].any() else group.tolist()
+    alone = coarse[sorted(kept)]
+    return regions + [_region(example, alone[group], image, "base") for group in connected_groups(boxes[alone])]
 
 
 def _region(
     example: Example,
-    values: Float[np.ndarray, "seq"],
     tokens: Int64[np.ndarray, "n"],
     image: int,
     view: Literal["base", "tiles"],
+    *,
+    seen_too: Sequence[int] | Int64[np.ndarray, "m"] = (),
 ) -> Region:
+    """Make a region of patches; `seen_too` are those of the other view that show it, too."""
     boxes = np.asarray(example.layout.places[0])[tokens]
     return Region(
         image=image,
@@ -102,7 +119,7 @@ def _region(
         tokens=tuple(tokens.tolist()),
         view=view,
         patch_pixels=float(np.median(_sides(boxes).min(axis=1))),
-        peak=float(values[tokens].max()),
+        peak=float(example.image_values[[*tokens, *seen_too]].max()),
     )
 
 
@@ -129,7 +146,7 @@ def connected_groups(boxes: Float[np.ndarray, "n 4"]) -> list[Int64[np.ndarray, 
         >>> connected_groups(np.array([[0, 0, 8, 8], [8, 0, 16, 8], [16, 8, 24, 16]], np.float32))
         [array([0, 1]), array([2])]
     """
-    touching = _share_edge(boxes)
+    touching = np.logical_or(*_meeting(boxes, boxes))
     group_of = np.full(len(boxes), -1)
     for start in range(len(boxes)):
         if group_of[start] >= 0:
@@ -142,12 +159,19 @@ def connected_groups(boxes: Float[np.ndarray, "n 4"]) -> list[Int64[np.ndarray, 
     return [np.flatnonzero(group_of == start) for start in np.unique(group_of)]
 
 
-def _share_edge(boxes: Float[np.ndarray, "n 4"]) -> Bool[np.ndarray, "n n"]:
-    """Tell which pairs touch along more than a corner; a twentieth of a patch is left for rounding."""
-    low, high = boxes[:, :2], boxes[:, 2:]
-    slack = 0.05 * float(_sides(boxes).min(initial=np.inf)) if len(boxes) else 0.0
-    common = np.minimum(high[:, None], high[None]) - np.maximum(low[:, None], low[None])
-    return np.asarray((common.min(axis=2) >= -slack) & (common.max(axis=2) > slack))
+def _meeting(
+    first: Float[np.ndarray, "n 4"], second: Float[np.ndarray, "m 4"]
+) -> tuple[Bool[np.ndarray, "n m"], Bool[np.ndarray, "n m"]]:
+    """Tell which pairs overlap, and which share more than a corner of their border only.
+
+    A twentieth of the smallest patch is left for rounding.
+    """
+    slack = 0.05 * min(float(_sides(boxes).min(initial=np.inf)) for boxes in (first, second))
+    low, high = (first[:, None, :2], second[None, :, :2]), (first[:, None, 2:], second[None, :, 2:])
+    common = np.minimum(*high) - np.maximum(*low)
+    overlaps = np.asarray(common.min(axis=2) > slack)
+    touches = np.asarray((common.min(axis=2) >= -slack) & (common.max(axis=2) > slack))
+    return overlaps, touches & ~overlaps
 
 
 def silent_region(
