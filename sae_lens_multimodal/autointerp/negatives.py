@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 
+from sae_lens_multimodal.autointerp.places import Spot, as_large_in, exchanged, strongest_spots
 from sae_lens_multimodal.autointerp.regions import Region, crop, find_regions, silent_region
 from sae_lens_multimodal.errors import FeatureError
 from sae_lens_multimodal.features.neighbours import nearest_directions
@@ -82,7 +82,7 @@ class HardNegatives:
             style: how they will be shown: their margins are silent, too.
             rng: source of the choices.
         """
-        pairs = [(one, regions[0]) for one in firing if (regions := find_regions(one, threshold=self.threshold))]
+        pairs = list(strongest_spots(firing, threshold=self.threshold))
         kinds = [
             self._of_same_pictures(pairs, style, rng),
             self._of_neighbours(feature, firing, silent),
@@ -90,14 +90,14 @@ class HardNegatives:
         ]
         return in_turn(kinds, count)
 
-    def _of_same_pictures(
-        self, pairs: Sequence[tuple[Example, Region]], style: RegionStyle, rng: np.random.Generator
-    ) -> list[Place]:
+    def _of_same_pictures(self, pairs: Sequence[Spot], style: RegionStyle, rng: np.random.Generator) -> list[Place]:
+        """Take silent regions where others of these regions lie; anywhere, where there is none."""
         found = []
-        for example, region in pairs:
-            other = silent_region(example, region, rng, margin_pixels=style.margin_pixels)
-            if other is not None:
-                found.append(Place(example, other, "same picture"))
+        placed = exchanged(pairs, margin_pixels=style.margin_pixels)
+        for (example, region), other in zip(pairs, placed, strict=True):
+            chosen = other or silent_region(example, region, rng, margin_pixels=style.margin_pixels)
+            if chosen is not None:
+                found.append(Place(example, chosen, "same picture"))
         return found
 
     def _of_neighbours(self, feature: int, firing: Sequence[Example], silent: Sequence[Example]) -> list[Place]:
@@ -126,7 +126,7 @@ class HardNegatives:
 
     def _similar(
         self,
-        pairs: Sequence[tuple[Example, Region]],
+        pairs: Sequence[Spot],
         silent: Sequence[Example],
         style: RegionStyle,
         rng: np.random.Generator,
@@ -135,9 +135,9 @@ class HardNegatives:
             return []
         places = []
         for number, example in enumerate(one for one in silent if one.images):
-            like = replace(pairs[number % len(pairs)][1], image=int(rng.integers(len(example.images))))
-            tries = TRIED_REGIONS if self.embed is not None else 1
-            drawn = (silent_region(example, like, rng, margin_pixels=style.margin_pixels) for _ in range(tries))
+            like = as_large_in(example, int(rng.integers(len(example.images))), pairs[number % len(pairs)])
+            tries = 0 if like is None else TRIED_REGIONS if self.embed is not None else 1
+            drawn = (silent_region(example, like, rng, margin_pixels=style.margin_pixels) for _ in range(tries) if like)
             places.append([Place(example, region, "similar") for region in drawn if region is not None])
         if self.embed is None:
             return [group[0] for group in places if group]
@@ -146,7 +146,7 @@ class HardNegatives:
     def _nearest(
         self,
         embed: Embed,
-        pairs: Sequence[tuple[Example, Region]],
+        pairs: Sequence[Spot],
         groups: Sequence[Sequence[Place]],
         style: RegionStyle,
     ) -> list[Place]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -407,12 +407,18 @@ def _meaning_of(entry: object) -> Meaning | None:
 
 def _explained(view: View) -> str:
     """Say how a region is shown."""
-    if view == "crop":
-        return " (cut out)"
-    if view == "heat":
-        return " (bright yellow in its picture, all else tinted dark blue)"
-    outlined = "outlined in its picture, all else dimmed"
-    return f" ({outlined})" if view == "marked" else f" (cut out, then {outlined})"
+    return f" ({_HOW_SHOWN[view]})"
+
+
+_HOW_SHOWN: Mapping[View, str] = {
+    "crop": "cut out",
+    "outlined": "outlined in its picture",
+    "dimmed": "in its picture, all else dimmed",
+    "marked": "outlined in its picture, all else dimmed",
+    "both": "cut out, then outlined in its picture, all else dimmed",
+    "side_by_side": "on the left outlined in its picture, on the right cut out and enlarged",
+    "heat": "bright yellow in its picture, all else tinted dark blue",
+}
 
 
 def mark_stretches(tokens: Sequence[str], marked: Sequence[bool], *, before: str, after: str, between: str = "") -> str:

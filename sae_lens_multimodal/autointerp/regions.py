@@ -199,27 +199,43 @@ def silent_region(
     Returns:
         The silent region, or None where the picture has none of that size.
     """
-    width, height = example.layout.image_sizes[0][region.image]
-    style = RegionStyle(margin_pixels=margin_pixels)
-    loud = set(np.flatnonzero(example.image_values > silence * region.peak).tolist())
     picture = example.images[region.image].convert("L")
     places: list[Region] = []
-    for x, y in rng.permutation(_corners(example, region))[:TRIED_PLACES].tolist():
-        box = Box(x, y, x + region.box.width, y + region.box.height)
-        if box.x1 > width or box.y1 > height:
-            continue
-        place = replace(region, box=box, tokens=(), peak=0.0)
-        seen = Box(*map(float, shown_box(place, (width, height), style)))
-        around = example.layout.tokens_in(seen, image=region.image, min_overlap=0.0, view="all")
-        if loud.isdisjoint(around.tolist()):
+    for x, y in rng.permutation(patch_corners(example, region.image, region.view))[:TRIED_PLACES].tolist():
+        place = region_at(example, region, x, y)
+        if place is not None and is_silent(example, place, margin_pixels=margin_pixels, limit=silence * region.peak):
             places.append(place)
         if len(places) == KEPT_PLACES:
             break
     if not places:
         return None
-    best = max(places, key=lambda place: _detail(picture, place.box))
-    tokens = example.layout.tokens_in(best.box, image=region.image, view=region.view)
-    return replace(best, tokens=tuple(tokens.tolist()))
+    return with_tokens(example, max(places, key=lambda place: detail_in(picture, place.box)))
+
+
+def region_at(example: Example, region: Region, x: float, y: float) -> Region | None:
+    """Move a region's box so that it begins at x, y; None where it would reach over the edge of its picture."""
+    width, height = example.layout.image_sizes[0][region.image]
+    right, bottom = x + region.box.width, y + region.box.height
+    # boxes are float32: one that ends with the picture may lie a hair beyond it
+    if right > width + 1e-3 or bottom > height + 1e-3:
+        return None
+    return replace(region, box=Box(x, y, min(right, width), min(bottom, height)), tokens=(), peak=0.0)
+
+
+def is_silent(example: Example, region: Region, *, margin_pixels: float | None, limit: float) -> bool:
+    """Tell whether no patch of either view that any part of a region or its margin shows fires above a limit."""
+    size = example.layout.image_sizes[0][region.image]
+    seen = np.array(shown_box(region, size, RegionStyle(margin_pixels=margin_pixels)), dtype=np.float64)
+    loud = (example.image_values > limit) & (np.asarray(example.layout.image_index[0]) == region.image)
+    boxes = np.asarray(example.layout.places[0], dtype=np.float64)[loud]
+    common = np.minimum(boxes[:, 2:], seen[2:]) - np.maximum(boxes[:, :2], seen[:2])
+    return not bool((common > 0).all(axis=1).any())
+
+
+def with_tokens(example: Example, region: Region) -> Region:
+    """Name the patches of a region's view that lie at least half inside of its box."""
+    tokens = example.layout.tokens_in(region.box, image=region.image, view=region.view)
+    return replace(region, tokens=tuple(tokens.tolist()))
 
 
 def heat_of(example: Example, image: int) -> Float[np.ndarray, "h w"]:
@@ -248,15 +264,24 @@ def moved_heat(heat: Float[np.ndarray, "h w"], source: Box, target: Box) -> Floa
     return moved
 
 
-def _corners(example: Example, region: Region) -> Float[np.ndarray, "n 2"]:
-    """Collect the upper left corners of all patches of the region's view: places where a box may begin."""
+def patch_corners(example: Example, image: int, view: Literal["base", "tiles"]) -> Float[np.ndarray, "n 2"]:
+    """Collect the upper left corners of all patches of one view of a picture: places where a box may begin."""
+    return np.asarray(np.unique(_patches(example, image, view)[:, :2], axis=0))
+
+
+def patch_size(example: Example, image: int, view: Literal["base", "tiles"]) -> Float[np.ndarray, "2"] | None:
+    """Give the usual width and height of a patch of one view, in pixels of the picture; None without such a view."""
+    boxes = _patches(example, image, view)
+    return np.asarray(np.median(_sides(boxes), axis=0)) if len(boxes) else None
+
+
+def _patches(example: Example, image: int, view: Literal["base", "tiles"]) -> Float[np.ndarray, "n 4"]:
     layout = example.layout
-    boxes, tile = np.asarray(layout.boxes[0], dtype=np.float64), np.asarray(layout.tile[0])
-    in_view = (tile > 0) if region.view == "tiles" else (tile == 0)
-    chosen = (np.asarray(layout.image_index[0]) == region.image) & in_view & _has_area(boxes)
-    return np.asarray(np.unique(boxes[chosen][:, :2], axis=0))
+    boxes, tile = np.asarray(layout.places[0], dtype=np.float64), np.asarray(layout.tile[0])
+    in_view = (tile > 0) if view == "tiles" else (tile == 0)
+    return np.asarray(boxes[(np.asarray(layout.image_index[0]) == image) & in_view & _has_area(boxes)])
 
 
-def _detail(grey: Image.Image, box: Box) -> float:
+def detail_in(grey: Image.Image, box: Box) -> float:
     """Spread of the grey levels inside a box."""
     return float(np.asarray(grey.crop((round(box.x0), round(box.y0), round(box.x1), round(box.y1)))).std())
