@@ -92,10 +92,15 @@ class HardNegatives:
 
     def _of_same_pictures(self, pairs: Sequence[Spot], style: RegionStyle, rng: np.random.Generator) -> list[Place]:
         """Take silent regions where others of these regions lie; anywhere, where there is none."""
+        placed = {
+            spot.example.prompt_id: region
+            for spot, region in exchanged(pairs, len(pairs), margin_pixels=style.margin_pixels)
+        }
         found = []
-        placed = exchanged(pairs, margin_pixels=style.margin_pixels)
-        for (example, region), other in zip(pairs, placed, strict=True):
-            chosen = other or silent_region(example, region, rng, margin_pixels=style.margin_pixels)
+        for example, region in pairs:
+            chosen = placed.get(example.prompt_id) or silent_region(
+                example, region, rng, margin_pixels=style.margin_pixels
+            )
             if chosen is not None:
                 found.append(Place(example, chosen, "same picture"))
         return found

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import islice
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -24,10 +25,18 @@ from sae_lens_multimodal.autointerp.regions import (
 from sae_lens_multimodal.types import Box
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from sae_lens_multimodal.features.example import Example
 
 SILENCE = 0.05
 """Share of a region's peak up to which a patch counts as silent."""
+POOL = 4
+"""Among so many times as many regions as pairs are wanted those are sought that can exchange their places."""
+MOST_TRIED = 500
+"""So many choices among them are tried at most."""
+MOST_UNLIKE = 2.0
+"""A region takes the place of one that is at most so many times as wide or high: large ones lie nearer to the edges."""
 
 
 class Spot(NamedTuple):
@@ -37,11 +46,26 @@ class Spot(NamedTuple):
     region: Region
 
     @property
-    def centre(self) -> tuple[float, float]:
-        """Where it lies in its picture: its centre, as shares of width and height."""
-        width, height = self.example.layout.image_sizes[0][self.region.image]
-        box = self.region.box
-        return (box.x0 + box.x1) / (2 * width), (box.y0 + box.y1) / (2 * height)
+    def size(self) -> Float[np.ndarray, "2"]:
+        """Its width and height, as shares of the picture's."""
+        return np.array([self.region.box.width, self.region.box.height]) / self._picture
+
+    @property
+    def place(self) -> Float[np.ndarray, "2"]:
+        """Where in its picture it lies: which share of the room that it leaves is to the left of it, and above it.
+
+        So regions of any size can lie at the same place; the middle where it leaves no room.
+        """
+        return np.where(self.room > 1e-3, self.region.box[:2] / np.maximum(self.room, 1e-3), 0.5)
+
+    @property
+    def room(self) -> Float[np.ndarray, "2"]:
+        """How far it could be moved from one edge to the other, in pixels across and down."""
+        return self._picture - (self.region.box.width, self.region.box.height)
+
+    @property
+    def _picture(self) -> Float[np.ndarray, "2"]:
+        return np.array(self.example.layout.image_sizes[0][self.region.image], dtype=np.float64)
 
 
 def strongest_spots(examples: Iterable[Example], *, threshold: float = 0.5) -> Iterator[Spot]:
@@ -51,55 +75,67 @@ def strongest_spots(examples: Iterable[Example], *, threshold: float = 0.5) -> I
             yield Spot(example, region)
 
 
-def exchanged(firing: Sequence[Spot], *, margin_pixels: float | None = None) -> list[Region | None]:
-    """Give each region a silent one of its own picture and size, at the place where another one of them lies.
+def exchanged(firing: Iterable[Spot], count: int, *, margin_pixels: float | None = None) -> list[tuple[Spot, Region]]:
+    """Pair regions with silent ones of their own pictures, as large, that lie at one another's places.
 
-    Each place is given away once, and only to a region that gives its own away as well. So over the regions that get a
-    silent one both kinds lie at the same places, up to one patch, whatever their pictures have in common. As many as
-    possible get one; among the ways to do so that with the most detail in the silent regions is taken, so that they
-    are not told by being empty. A region that covers whatever the others cover can get none.
-
-    Args:
-        firing: regions of different examples.
-        margin_pixels: that of the style they will be shown in: the margin must be silent, too.
-
-    Returns:
-        Of each region the silent one, or None.
-    """
-    found = [[None if one is other else _silent_at(one, other, margin_pixels) for other in firing] for one in firing]
-    greys = [one.example.images[one.region.image].convert("L") for one in firing]
-    detail = [
-        [0.0 if region is None else detail_in(grey, region.box) for region in row]
-        for grey, row in zip(greys, found, strict=True)
-    ]
-    possible = [[region is not None for region in row] for row in found]
-    columns = closed_assignment(np.array(detail), np.array(possible, dtype=bool))
-    return [None if column is None else found[row][column] for row, column in enumerate(columns)]
-
-
-def exchanged_pairs(
-    firing: Iterable[Spot], count: int, *, margin_pixels: float | None = None
-) -> list[tuple[Spot, Region]]:
-    """Pair regions with silent ones by `exchanged` until there are so many; those that get none give way to the next.
+    Each place is given away once, to a region of about the same size that gives its own away as well. So over all pairs
+    both kinds lie at the same places, up to half a patch, whatever the pictures have in common. Among the ways to do so
+    that with the most detail in the silent regions is taken, so that they are not told by being empty. A region that
+    covers whatever the others cover gets no partner; nor do all, where a feature always fires at one place.
 
     Args:
         firing: regions of different examples, in order of preference.
-        count: how many pairs at most.
-        margin_pixels: that of the style they will be shown in.
+        count: how many pairs at most, out of the first `POOL` times as many regions.
+        margin_pixels: that of the style they will be shown in: the margin must be silent, too.
     """
-    rest = iter(firing)
-    pairs: list[tuple[Spot, Region]] = []
-    while added := list(islice(rest, count - len(pairs))):
-        spots = [*(spot for spot, _ in pairs), *added]
-        silent = exchanged(spots, margin_pixels=margin_pixels)
-        pairs = [(spot, region) for spot, region in zip(spots, silent, strict=True) if region is not None]
-    return pairs
+    spots = list(islice(firing, POOL * count))
+    if not spots:
+        return []
+    hosts = [_Host.of(spot, margin_pixels) for spot in spots]
+    moved = [
+        [
+            host.at(other.place) if other is not host.spot and _about_as_large(host.spot, other) else None
+            for other in spots
+        ]
+        for host in hosts
+    ]
+    worth = np.array([[host.detail(box) for box in row] for host, row in zip(hosts, moved, strict=True)])
+    possible = np.array([[box is not None for box in row] for row in moved], dtype=bool)
+    partner = _closed_choice(worth, possible, count)
+    pairs = [(host, box) for row, host in enumerate(hosts) if row in partner and (box := moved[row][partner[row]])]
+    return [(host.spot, host.region_in(box)) for host, box in pairs]
+
+
+def _closed_choice(worth: Float[np.ndarray, "n n"], possible: Bool[np.ndarray, "n n"], count: int) -> dict[int, int]:
+    """Choose so many rows, or nearly as many, and assign them to one another's columns; the first rows if possible.
+
+    Of all rows that can be assigned the last are left out one by one, as long as the others can do without them; where
+    that leads to more rows than wanted of which none can be spared, another one is left out before.
+    """
+
+    def assigned(rows: Collection[int]) -> dict[int, int]:
+        order = sorted(rows)
+        columns = closed_assignment(worth[np.ix_(order, order)], possible[np.ix_(order, order)])
+        return {row: order[column] for row, column in zip(order, columns, strict=True) if column is not None}
+
+    open_sets = [frozenset(assigned(range(len(worth))))]
+    known, best = set(open_sets), frozenset[int]()
+    while open_sets and len(known) < MOST_TRIED and len(best) < count:
+        rows = open_sets.pop()
+        if len(rows) <= count:
+            best = max(best, rows, key=len)
+            continue
+        # the last to be put on the stack is the next to be tried: that without the last row
+        smaller = [frozenset(assigned(rows - {row})) for row in sorted(rows)]
+        open_sets += sorted((one for one in smaller if one not in known), key=len)
+        known.update(smaller)
+    return assigned(best)
 
 
 def placed_alike(
     firing: Sequence[Spot], silent: Sequence[Example], *, rng: np.random.Generator, margin_pixels: float | None = None
 ) -> list[Spot | None]:
-    """Give each region one of a picture in which the feature is silent: of as many patches, at the same place.
+    """Give each region one of a picture in which the feature is silent: as large a part of it, at the same place.
 
     Each silent example is used once. Among the ways to pair them that with the most detail in the silent regions is
     taken; that does not choose among places, as the first regions get one as long as there are examples.
@@ -114,19 +150,14 @@ def placed_alike(
         Of each region the silent one; None where the silent examples are used up, or none has such a region.
     """
     hosts = [(one, int(rng.integers(len(one.images)))) for one in silent if one.images]
-    greys = [example.images[image].convert("L") for example, image in hosts]
-    found = [
-        [_alike_in(example, image, one, margin_pixels) for example, image in hosts] for one in firing[: len(hosts)]
-    ]
-    gain = [
-        [-1.0 if region is None else 1.0 + detail_in(grey, region.box) for grey, region in zip(greys, row, strict=True)]
-        for row in found
-    ]
+    tried = [[_alike_in(*host, one, margin_pixels) for host in hosts] for one in firing[: len(hosts)]]
+    gain = [[-1.0 if one is None else 1.0 + one[0].detail(one[1]) for one in row] for row in tried]
     placed: list[Spot | None] = [None] * len(firing)
-    if found:
+    if tried:
         for row, column in zip(*linear_sum_assignment(np.array(gain), maximize=True), strict=True):
-            region = found[row][column]
-            placed[row] = None if region is None else Spot(hosts[column][0], region)
+            if (found := tried[row][column]) is not None:
+                host, box = found
+                placed[row] = Spot(host.spot.example, host.region_in(box))
     return placed
 
 
@@ -158,39 +189,71 @@ def closed_assignment(worth: Float[np.ndarray, "n n"], possible: Bool[np.ndarray
 
 
 def as_large_in(example: Example, image: int, like: Spot) -> Region | None:
-    """Make a region of as many patches of the same view in another picture, at its upper left corner.
+    """Make a region as large in another picture as one is in its own, in whole patches, at the upper left corner.
 
     Returns:
-        None where that picture has no such view, or is too small.
+        None where that picture has no such view.
     """
-    own = patch_size(like.example, like.region.image, like.region.view)
-    there = patch_size(example, image, like.region.view)
-    if own is None or there is None:
+    patch = patch_size(example, image, like.region.view)
+    if patch is None:
         return None
-    width, height = np.array([like.region.box.width, like.region.box.height]) / own * there
-    size = example.layout.image_sizes[0][image]
-    if width > size[0] + 1e-3 or height > size[1] + 1e-3:
-        return None
-    box = Box(0.0, 0.0, min(float(width), size[0]), min(float(height), size[1]))
-    return replace(like.region, image=image, box=box, tokens=(), patch_pixels=float(there.min()))
+    picture = np.array(example.layout.image_sizes[0][image], dtype=np.float64)
+    width, height = np.minimum(np.maximum(np.round(like.size * picture / patch), 1) * patch, picture).tolist()
+    box = Box(0.0, 0.0, width, height)
+    return replace(like.region, image=image, box=box, tokens=(), patch_pixels=float(patch.min()))
 
 
-def _alike_in(example: Example, image: int, like: Spot, margin_pixels: float | None) -> Region | None:
+def _alike_in(example: Example, image: int, like: Spot, margin_pixels: float | None) -> tuple[_Host, Box] | None:
     region = as_large_in(example, image, like)
-    return None if region is None else _silent_at(Spot(example, region), like, margin_pixels)
+    if region is None:
+        return None
+    host = _Host.of(Spot(example, region), margin_pixels)
+    box = host.at(like.place)
+    return None if box is None else (host, box)
 
 
-def _silent_at(own: Spot, other: Spot, margin_pixels: float | None) -> Region | None:
-    """Move a region to where another lies in its picture, up to one patch; None unless the feature is silent there."""
-    example, region = own
-    size = example.layout.image_sizes[0][region.image]
-    x, y = other.centre
-    wanted = np.array([x * size[0] - region.box.width / 2, y * size[1] - region.box.height / 2])
-    corners = patch_corners(example, region.image, region.view)
-    away = np.abs(corners - wanted).max(axis=1)
-    near = np.flatnonzero(away <= region.patch_pixels)
-    for left, top in corners[near[np.argsort(away[near], kind="stable")]].tolist():
-        place = region_at(example, region, left, top)
-        if place is not None and is_silent(example, place, margin_pixels=margin_pixels, limit=SILENCE * region.peak):
-            return with_tokens(example, place)
-    return None
+def _about_as_large(one: Spot, other: Spot) -> bool:
+    ratio = one.size / other.size
+    return bool(np.maximum(ratio, 1 / ratio).max() <= MOST_UNLIKE)
+
+
+@dataclass(frozen=True)
+class _Host:
+    """A picture in which a region is to be moved."""
+
+    spot: Spot
+    corners: Float[np.ndarray, "n 2"]
+    """Of the patches where the region can begin without reaching over the edge."""
+    margin_pixels: float | None
+
+    @classmethod
+    def of(cls, spot: Spot, margin_pixels: float | None) -> Self:
+        corners = patch_corners(spot.example, spot.region.image, spot.region.view)
+        return cls(spot, corners[(corners <= spot.room + 1e-3).all(axis=1)], margin_pixels)
+
+    def at(self, place: Float[np.ndarray, "2"]) -> Box | None:
+        """Move the region to the patch nearest to a place; None unless the feature is silent there.
+
+        Silent places farther off are no choice: as the feature fires on its own, they would lie more to the outside.
+        """
+        away = np.abs(self.corners - place * self.spot.room).max(axis=1, initial=0.0)
+        region = self.spot.region
+        if not len(away) or away.min() > region.patch_pixels:
+            return None
+        moved = region_at(self.spot.example, region, *self.corners[int(away.argmin())].tolist())
+        limit = SILENCE * region.peak
+        if moved is None or not is_silent(self.spot.example, moved, margin_pixels=self.margin_pixels, limit=limit):
+            return None
+        return moved.box
+
+    def detail(self, box: Box | None) -> float:
+        """Spread of the grey levels inside a box."""
+        return 0.0 if box is None else detail_in(self._grey, box)
+
+    def region_in(self, box: Box) -> Region:
+        """Make the silent region in a box."""
+        return with_tokens(self.spot.example, replace(self.spot.region, box=box, peak=0.0))
+
+    @cached_property
+    def _grey(self) -> Image.Image:
+        return self.spot.example.images[self.spot.region.image].convert("L")

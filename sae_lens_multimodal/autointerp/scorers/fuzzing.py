@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from sae_lens_multimodal.autointerp.places import exchanged_pairs, strongest_spots
+from sae_lens_multimodal.autointerp.places import exchanged, strongest_spots
 from sae_lens_multimodal.autointerp.regions import Region, heat_of, moved_heat, show
 from sae_lens_multimodal.autointerp.scorers.base import Item, Sampling, Scorer, shuffled
 from sae_lens_multimodal.autointerp.styles import RegionStyle
@@ -44,7 +44,7 @@ class FuzzingScorer(Scorer):
         del rng
         n_pairs = min(sampling.n_positive, sampling.n_negative)
         spots = strongest_spots(examples.firing, threshold=sampling.threshold)
-        for (example, region), wrong in exchanged_pairs(spots, n_pairs, margin_pixels=book.fuzz_style.margin_pixels):
+        for (example, region), wrong in exchanged(spots, n_pairs, margin_pixels=book.fuzz_style.margin_pixels):
             yield (
                 self._region_item(example, region, region, book),
                 self._region_item(example, region, wrong, book),

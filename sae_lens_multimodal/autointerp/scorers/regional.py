@@ -20,7 +20,7 @@ class CropDetectionScorer(FuzzingScorer):
     """Regions where the feature fires, against as large regions of other pictures, in which it is silent.
 
     Whole pictures often hold many things, so that a judge is asked about a crowd; here it sees one region at a time.
-    The silent regions have as many patches as the others and lie at the same places. Of text there are no crops: use
+    The silent regions are as large as the others and lie at the same places. Of text there are no crops: use
     `detection`.
     """
 
