@@ -131,8 +131,8 @@ class Dealer:
 
 
 def _alternated(right: Sequence[Item], wrong: Sequence[Item]) -> list[Item]:
-    """Put two kinds of items in pairs that take turns, so that every other item is of both kinds; none without both."""
-    if not right or not wrong:
+    """Put two kinds of items in pairs that take turns, so that every other item is of both kinds; none without that."""
+    if min(len(right), len(wrong)) < 2:
         return []
     pairs = [
         list(kind[start : start + 2]) for start in range(0, max(len(right), len(wrong)), 2) for kind in (right, wrong)

@@ -6,7 +6,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from PIL import Image
 
@@ -109,6 +109,10 @@ class PromptBook(ABC):
         """Read the reply to the two questions above: the likeliest explanation first; none where nothing is shared."""
         meaning = self.read_meaning(reply)
         return None if meaning is None else [meaning] if meaning.common else []
+
+    def word_meaning(self, word: str, modality: Literal["image", "text"]) -> Meaning | None:
+        """Make an explanation of one word that a feature of pictures or of text stands for; None if it can be none."""
+        return Meaning(word if modality == "image" else f'the word "{word}"', word)
 
     def variants(self, meaning: Meaning) -> list[Meaning]:
         """Give explanations near to one, which are worth trying without asking the explainer again."""

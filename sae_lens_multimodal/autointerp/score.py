@@ -14,8 +14,9 @@ from tqdm import tqdm
 from sae_lens_multimodal.autointerp.costs import ledger_kept
 from sae_lens_multimodal.autointerp.explain import store_name
 from sae_lens_multimodal.autointerp.explanation import MODALITIES, Explanation, ModalityName
-from sae_lens_multimodal.autointerp.judges.base import FailureKind, Judge, JudgeFailure, JudgeRequest, Outcome
+from sae_lens_multimodal.autointerp.judges.base import Judge, JudgeFailure, JudgeRequest, Outcome
 from sae_lens_multimodal.autointerp.metrics import derangement
+from sae_lens_multimodal.autointerp.procedures import read_answer
 from sae_lens_multimodal.autointerp.prompts import GeneralPrompts, PromptBook
 from sae_lens_multimodal.autointerp.records import RecordFolder
 from sae_lens_multimodal.autointerp.results import (
@@ -240,12 +241,7 @@ def _finished(judge: Judge, book: PromptBook, maker: _Maker, tests: Sequence[_Te
 
 def _verdict(book: PromptBook, question: _Question, outcome: Outcome) -> Verdict:
     """Read the judge's reply; one that does not parse is a failure."""
-    answer = None if isinstance(outcome, JudgeFailure) else book.read_verdict(outcome.text)
-    failure = outcome if isinstance(outcome, JudgeFailure) else None
-    if answer is None and failure is None:
-        assert not isinstance(outcome, JudgeFailure)
-        message = f"The judge's reply is neither yes nor no: {outcome.text[:120]!r}."
-        failure = JudgeFailure.of(question.request, FailureKind.UNPARSABLE, message, outcome.text)
+    answer = read_answer(book, question.request, outcome)
     test, item = question.test, question.item
     asked_with = test.control if question.control and test.control is not None else test.explanation
     return Verdict(
@@ -256,13 +252,13 @@ def _verdict(book: PromptBook, question: _Question, outcome: Outcome) -> Verdict
         position=question.position,
         explanation=asked_with.text,
         truth=item.truth,
-        answer=answer,
+        answer=None if isinstance(answer, JudgeFailure) else answer,
         prompt_id=item.prompt_id,
         kind=item.kind,
         image=item.image,
         box=item.box,
         text=item.text,
-        failure=failure,
+        failure=answer if isinstance(answer, JudgeFailure) else None,
         style=item.style,
         quantile=item.quantile,
     )

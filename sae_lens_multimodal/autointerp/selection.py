@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, NamedTuple, TypedDict
 
 import numpy as np
 
@@ -74,6 +74,36 @@ def silent_for_explainer(
         images={image for example in shown for image in example.pictures},
     )
     return silent[: min(n_examples, len(silent) // 2)]
+
+
+class UsedAndLeft(NamedTuple):
+    """The firing examples of one feature, dealt out in two."""
+
+    used: list[Example]
+    left: list[Example]
+    """To score with; they share no prompt and no picture with the others."""
+
+
+def used_and_left(
+    store: FeatureStore, feature: int, modality: ModalityName, n_left: int, rng: np.random.Generator
+) -> UsedAndLeft:
+    """Use as many firing examples as can be, and leave some of every strength to score with.
+
+    Args:
+        store: the feature store.
+        feature: which feature.
+        modality: which lists.
+        n_left: how many are left; half of them where there are fewer than twice as many.
+        rng: source of the choice.
+    """
+    firing = [*store.examples(feature, "top", modality), *store.examples(feature, "ordinary", modality)]
+    kept = distinct(_fires(firing, modality), prompts=set(), images=set())
+    n_left = min(n_left, len(kept) // 2)
+    left = set(rng.permutation(len(kept))[:n_left].tolist())
+    return UsedAndLeft(
+        used=[one for index, one in enumerate(kept) if index not in left],
+        left=[one for index, one in enumerate(kept) if index in left],
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,7 +184,7 @@ def split_examples(
         SelectionError: two of the parts would share a prompt or a picture.
     """
     top = distinct(_fires(store.examples(feature, "top", modality), modality), prompts=set(), images=set())
-    spare = distinct(_fires(store.examples(feature, "ordinary", modality), modality), **_taken(top))
+    spare = distinct(_fires(store.examples(feature, "ordinary", modality), modality), **taken(top))
     third = (len(top) + len(spare)) // 3
     n_shown = min(n_explain, max(1, third))
     n_ordinary = min(n_shown // 3, len(spare))
@@ -162,7 +192,7 @@ def split_examples(
     shown = [*top[: n_shown - n_ordinary], *drawn[:n_ordinary]]
     others = [*top[n_shown - n_ordinary :], *drawn[n_ordinary:]]
     validated = [others[index] for index in rng.permutation(len(others))][: min(n_validate, third)]
-    silent = distinct(store.examples(feature, "silent", modality), **_taken([*top, *spare]))
+    silent = distinct(store.examples(feature, "silent", modality), **taken([*top, *spare]))
     silent_third = len(silent) // 3
     quiet = silent[: min(n_silent, silent_third)]
     validate = HeldOut(
@@ -171,16 +201,18 @@ def split_examples(
         firing=validated,
         silent=silent[len(quiet) : len(quiet) + min(n_validate, silent_third)],
     )
-    check_disjoint([*validate.firing, *validate.silent], **_taken([*shown, *quiet]))
+    check_disjoint([*validate.firing, *validate.silent], **taken([*shown, *quiet]))
     return Split(explain=shown, explain_silent=quiet, validate=validate)
 
 
-class _Taken(TypedDict):
+class Taken(TypedDict):
+    """What examples are made of; the arguments of `distinct`."""
+
     prompts: set[int]
     images: set[str]
 
 
-def _taken(examples: Iterable[Example]) -> _Taken:
+def taken(examples: Iterable[Example]) -> Taken:
     """Collect the prompts and pictures of examples."""
     examples = list(examples)
     return {

@@ -98,11 +98,14 @@ def _procedure(options: Namespace, store: FeatureStore) -> Procedure | None:
     from sae_lens_multimodal.autointerp.contrastive import Contrastive
     from sae_lens_multimodal.autointerp.negatives import decoder_neighbours
     from sae_lens_multimodal.autointerp.procedures import Published
+    from sae_lens_multimodal.autointerp.words_first import WordsFirst
 
     if options.sae is not None and options.procedure != "contrastive":
         raise ConfigError("--sae finds hard negatives for --procedure contrastive; the others need none.")
     if options.procedure == "general":
         return None
+    if options.procedure == "words-first":
+        return WordsFirst()
     if options.procedure == "published":
         return Published()
     if options.sae is None:

@@ -136,9 +136,10 @@ def _add_explain(commands: Commands[argparse.ArgumentParser]) -> None:
     explain.add_argument("--output", type=Path, help="folder for explanations.jsonl (default: inside the store)")
     explain.add_argument(
         "--procedure",
-        choices=("general", "contrastive", "published"),
+        choices=("general", "words-first", "contrastive", "published"),
         default="general",
-        help="one question; several candidates, tried on examples of their own; or as arXiv 2411.14982 does",
+        help="one question; that only where no word at hand tells the meaning; several candidates, tried on examples "
+        "of their own; or as arXiv 2411.14982 does",
     )
     explain.add_argument(
         "--sae",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from sae_lens_multimodal.autointerp.judges.base import JudgeRequest, Part
 from sae_lens_multimodal.autointerp.prompts import Meaning, PromptBook, mark_stretches
@@ -88,7 +88,7 @@ class ScenesPromptBook(PromptBook):
     def mark(self, tokens: Sequence[str], marked: Sequence[bool]) -> str:
         """Write the phrase around the marks as a sentence of the tiny language; without marks, every phrase."""
         if not any(marked):
-            return " ".join(f"a {phrase} ." for phrase in _phrases(tokens))
+            return " ".join(f"a {phrase} ." for phrase in told_phrases(tokens))
         first, last = _phrase_span(tokens, marked)
         text = mark_stretches(
             tokens[first:last], marked[first:last], before=f"{_BEFORE} ", after=f" {_AFTER}", between=" "
@@ -116,6 +116,12 @@ class ScenesPromptBook(PromptBook):
         if reply.strip() == _NOTHING:
             return Meaning("", "")
         attributes = attributes_of(reply)
+        return None if attributes is None else Meaning(phrase_of(attributes), phrase_of(attributes))
+
+    def word_meaning(self, word: str, modality: Literal["image", "text"]) -> Meaning | None:
+        """Only words that name an attribute: the model can be asked about no others."""
+        del modality
+        attributes = attributes_of(word)
         return None if attributes is None else Meaning(phrase_of(attributes), phrase_of(attributes))
 
     def variants(self, meaning: Meaning) -> list[Meaning]:
@@ -162,8 +168,8 @@ def _speaks_of_objects(token: str) -> bool:
     return attribute_of(token) is not None or token.strip().lower() == "letter"
 
 
-def _phrases(tokens: Sequence[str]) -> list[str]:
-    """Collect every run of words that name attributes."""
+def told_phrases(tokens: Sequence[str]) -> list[str]:
+    """Collect every run of words that name attributes: the objects that a text speaks of."""
     runs: list[list[str]] = [[]]
     for token in tokens:
         if _speaks_of_objects(token):

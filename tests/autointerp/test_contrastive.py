@@ -109,10 +109,32 @@ def test_of_several_the_one_that_holds_is_kept(store: FeatureStore, tmp_path: Pa
     accuracy = {one.text: one.validation for one in found.candidates}
     assert accuracy["red striped circle"] == 0.5
     tried = {one.text: one.n for one in found.candidates}
-    assert tried["red striped circle"] == tried["red"] > tried["circle"], "what does badly at first is dropped"
-    assert accuracy["red"] == found.validation
-    assert accuracy["red"] is not None
-    assert accuracy["red"] >= 0.9
+    assert tried["red"] == len(found.validated_on) > tried["circle"] == tried["red striped circle"]
+    assert [one.confirmation for one in found.candidates if one.text != "red"] == [None] * 6
+    assert found.validation is not None
+    assert found.validation >= 0.9
+
+
+def test_what_it_was_chosen_by_does_not_confirm_it(store: FeatureStore, tmp_path: Path) -> None:
+    """A judge that is right about all that a candidate is chosen by, and wrong about all the rest."""
+    (right,) = run(store, perfect, tmp_path / "right", features=[0])
+    chosen_by = {(one.prompt_id, one.box) for one in right.validated_on[::2]}
+    seen: list[JudgeRequest] = []
+
+    def lucky(request: JudgeRequest) -> str:
+        if is_proposal(request):
+            return "red"
+        seen.append(request)
+        truth = perfect(request)
+        return truth if len(seen) <= len(chosen_by) else {"yes": "no", "no": "yes"}[truth]
+
+    (found,) = run(store, lucky, tmp_path / "lucky", features=[0])
+    (candidate,) = found.candidates
+    assert candidate.validation is not None
+    assert candidate.validation >= 0.9
+    assert candidate.confirmation is not None
+    assert candidate.confirmation <= 0.1
+    assert (found.status, found.text) == ("nothing in common", "")
 
 
 def test_what_holds_nowhere_is_no_explanation(store: FeatureStore, tmp_path: Path) -> None:
@@ -147,6 +169,8 @@ def test_failures_are_typed_and_count_as_wrong(store: FeatureStore, tmp_path: Pa
     assert found.text == "", "no answer is no support"
     (candidate,) = found.candidates
     assert (candidate.validation, candidate.n_failed) == (0.0, candidate.n)
+    assert found.failure is not None, "no answer is no refutation either"
+    assert found.failure.kind is FailureKind.TIMEOUT
 
 
 def test_general_book_asks_for_several_and_reads_them(store: FeatureStore, tmp_path: Path) -> None:
@@ -263,7 +287,7 @@ def test_other_procedures_are_other_settings(store: FeatureStore, tmp_path: Path
     "make",
     [
         lambda: Contrastive(n_rounds=0),
-        lambda: Contrastive(least=0.95),
+        lambda: Contrastive(least=1.5),
         lambda: Published(n_pictures=0),
         lambda: Published(dimmed_to=1.0),
     ],
