@@ -162,7 +162,9 @@ def _measure(
 ) -> Measure:
     def measured(text: str) -> Measured:
         rng = np.random.default_rng((seed, one.feature, zlib.crc32(f"{one.modality} {measurer.name}".encode())))
-        examples = held_out(store, one.feature, one.modality, prompts=one.prompt_ids, images=one.image_ids, rng=rng)
+        examples = held_out(
+            store, one.feature, one.modality, prompts=one.prompt_ids, images=one.image_ids, texts=one.texts, rng=rng
+        )
         return measurer.measure(text, examples, rng)
 
     control = None

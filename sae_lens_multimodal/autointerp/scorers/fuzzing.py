@@ -10,6 +10,7 @@ import numpy as np
 
 from sae_lens_multimodal.autointerp.places import exchanged, strongest_spots
 from sae_lens_multimodal.autointerp.regions import Region, heat_of, moved_heat, show
+from sae_lens_multimodal.autointerp.repeats import ReadTexts
 from sae_lens_multimodal.autointerp.scorers.base import Item, Sampling, Scorer, shuffled
 from sae_lens_multimodal.autointerp.styles import RegionStyle
 from sae_lens_multimodal.autointerp.texts import MarkedText, marked_text, wrongly_marked
@@ -70,14 +71,16 @@ class FuzzingScorer(Scorer):
     def _of_texts(
         self, examples: HeldOut, book: PromptBook, sampling: Sampling, rng: np.random.Generator
     ) -> Iterator[tuple[Item, Item]]:
+        read = ReadTexts(examples.read)
         for example in examples.firing:
             right = marked_text(example, context=sampling.context, threshold=sampling.threshold)
             wrong = None if right is None else wrongly_marked(right, rng, markable=book.markable)
-            if right is not None and wrong is not None:
-                yield (
-                    self._text_item(example, right, book, truth=True),
-                    self._text_item(example, wrong, book, truth=False),
-                )
+            if right is None or wrong is None:
+                continue
+            pair = self._text_item(example, right, book, truth=True), self._text_item(example, wrong, book, truth=False)
+            # a book may show another part of the text around other marks
+            if read.take(*(item.text or "" for item in pair)):
+                yield pair
 
     def _text_item(self, example: Example, text: MarkedText, book: PromptBook, *, truth: bool) -> Item:
         return Item(
