@@ -417,7 +417,7 @@ def _explained(view: View) -> str:
 _HOW_SHOWN: Mapping[View, str] = {
     "crop": "cut out",
     "outlined": "outlined in its picture",
-    "dimmed": "in its picture, all else dimmed",
+    "dimmed": "in its picture, where all else is dimmed",
     "marked": "outlined in its picture, all else dimmed",
     "both": "cut out, then outlined in its picture, all else dimmed",
     "side_by_side": "on the left outlined in its picture, on the right cut out and enlarged",
