@@ -80,6 +80,8 @@ if TYPE_CHECKING:
     from sae_lens_multimodal.report.build import build_report as build_report
     from sae_lens_multimodal.report.controls import build_control_report as build_control_report
     from sae_lens_multimodal.report.dose import build_dose_report as build_dose_report
+    from sae_lens_multimodal.report.neuronpedia import export_neuronpedia as export_neuronpedia
+    from sae_lens_multimodal.report.table import export_table as export_table
     from sae_lens_multimodal.report.trace import build_trace_report as build_trace_report
     from sae_lens_multimodal.training.cache import cache_activations as cache_activations
     from sae_lens_multimodal.training.config import MultimodalSAERunnerConfig as MultimodalSAERunnerConfig
@@ -142,6 +144,8 @@ _HOMES = {
     "evaluate": "training.evaluation",
     "evaluate_concepts": "concepts.evaluate",
     "explain": "autointerp.explain",
+    "export_neuronpedia": "report.neuronpedia",
+    "export_table": "report.table",
     "find_concepts": "concepts.dictionary",
     "find_controls": "hooks.controls",
     "fine_tune": "editing.fine_tune",

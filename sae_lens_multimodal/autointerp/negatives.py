@@ -111,8 +111,10 @@ class HardNegatives:
         for other in self._neighbours_of(feature):
             for example in self._firing_examples(other):
                 mine = own.get(example.prompt_id)
+                if mine is None:
+                    continue
                 region = next(iter(find_regions(example, threshold=self.threshold)), None)
-                if mine is not None and region is not None and _is_silent(mine, region):
+                if region is not None and _is_silent(mine, region):
                     found.append(Place(example, region, "neighbour"))
                     del own[example.prompt_id]
         return found

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from sae_lens_multimodal.cli.concepts import add_concepts
 from sae_lens_multimodal.cli.editing import add_edit
+from sae_lens_multimodal.cli.reporting import add_export, add_report
 from sae_lens_multimodal.cli.tracing import add_trace
 from sae_lens_multimodal.errors import MultimodalError
 
@@ -34,7 +35,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_explain(commands)
     _add_score(commands)
     _add_calibrate(commands)
-    _add_report(commands)
+    add_report(commands)
+    add_export(commands)
     _add_steer(commands)
     _add_attribute(commands)
     add_trace(commands)
@@ -172,22 +174,6 @@ def _add_calibrate(commands: Commands[argparse.ArgumentParser]) -> None:
     calibrate.add_argument("--regions", type=int, default=3, help="regions of each (default: %(default)s)")
     calibrate.add_argument("--output", type=Path, help="folder for calibration.json and the answers")
     calibrate.add_argument("--seed", type=int, default=0)
-
-
-def _add_report(commands: Commands[argparse.ArgumentParser]) -> None:
-    report = commands.add_parser("report", help="a browsable report from a feature store")
-    report.add_argument("store", type=Path, help="folder of a feature store (made by harvest)")
-    report.add_argument("--output", type=Path, required=True, help="folder of the report")
-    report.add_argument("--explanations", type=Path, help="folder or file of explanations (default: the store's own)")
-    report.add_argument("--scores", type=Path, help="folder of scores (default: the store's own)")
-    report.add_argument(
-        "--calibration",
-        type=Path,
-        action="append",
-        default=[],
-        help="what calibrate wrote; the report begins with it (repeat for several judges)",
-    )
-    report.add_argument("--title", help="title of the report")
 
 
 def _add_steer(commands: Commands[argparse.ArgumentParser]) -> None:

@@ -89,6 +89,11 @@ class FeatureStore:
         return self.open(self.folder, dataset=self._dataset)
 
     @property
+    def dataset(self) -> object:
+        """The dataset that the store was opened with; None without one."""
+        return self._dataset
+
+    @property
     def folder(self) -> Path:
         """Where the store lies."""
         return self.paths.folder
