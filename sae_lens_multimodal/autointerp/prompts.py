@@ -30,6 +30,15 @@ class Meaning(NamedTuple):
         return bool(self.text)
 
 
+class JointViews(NamedTuple):
+    """What is shown of one prompt in both modalities."""
+
+    views: Sequence[Image.Image]
+    """The views of a region, or the whole picture."""
+    text: str
+    """A stretch of its text, with or without marks."""
+
+
 class PromptBook(ABC):
     """Phrases for every question, and parsers for the replies.
 
@@ -85,6 +94,16 @@ class PromptBook(ABC):
             silent: texts in which the feature does not fire.
         """
 
+    def explain_joint(self, active: Sequence[JointViews], silent: Sequence[JointViews]) -> JudgeRequest | None:
+        """Ask what regions and the marked words of the same prompts share; None in a book without words for that.
+
+        Args:
+            active: the views of each region and the text with the marks, of one prompt each.
+            silent: whole pictures and texts in which the feature does not fire.
+        """
+        del active, silent
+        return None
+
     @abstractmethod
     def read_meaning(self, reply: str) -> Meaning | None:
         """Read the reply to either question above."""
@@ -134,6 +153,11 @@ class PromptBook(ABC):
     @abstractmethod
     def fuzz_text(self, explanation: str, text: str) -> JudgeRequest | None:
         """Ask whether the marked words are what the explanation says."""
+
+    def fuzz_joint(self, explanation: str, views: Sequence[Image.Image], text: str) -> JudgeRequest | None:
+        """Ask whether both a region and the marked words are what the explanation says; None without words for that."""
+        del explanation, views, text
+        return None
 
     def reordered(self) -> PromptBook | None:
         """Give the same book with the answers offered in another order; None for a book that offers none."""
@@ -283,6 +307,22 @@ class GeneralPrompts(PromptBook):
         parts += [f"Silent text {number}, on which it does not fire: {text}" for number, text in enumerate(silent, 1)]
         return parts
 
+    def explain_joint(self, active: Sequence[JointViews], silent: Sequence[JointViews]) -> JudgeRequest:
+        """Show each region with the text of its prompt, first the active, then the silent ones."""
+        before, after = self.marks
+        parts: list[Part] = [
+            "An inner unit of a vision-language model fires on certain regions of pictures, and on words of the same "
+            f"prompts, here between {before} and {after}. Find out what it stands for."
+        ]
+        for number, (views, text) in enumerate(active, start=1):
+            parts += [f"Prompt {number}, the region on which it fires{_explained(self.explain_style.view)}:", *views]
+            parts.append(f"The words of prompt {number} on which it fires: {text}")
+        for number, (views, text) in enumerate(silent, start=1):
+            parts += [f"Silent prompt {number}, in whose picture it does not fire:", *views]
+            parts.append(f"The text of silent prompt {number}, in which it does not fire: {text}")
+        parts.append(f"What do the regions and the marked words share, and the silent prompts lack? {_MEANING}")
+        return self._request(parts, self.meaning_tokens, schemas.MEANING)
+
     def read_proposals(self, reply: str) -> list[Meaning] | None:
         """Read the JSON object; an entry of another shape makes all of it unreadable."""
         found = json_object(reply)
@@ -336,6 +376,16 @@ class GeneralPrompts(PromptBook):
             f"other words of the text? {self._verdict}"
         )
         return self._request([f"Text: {text}", question], self.verdict_tokens, schemas.VERDICT)
+
+    def fuzz_joint(self, explanation: str, views: Sequence[Image.Image], text: str) -> JudgeRequest:
+        """Ask about a region and the marked words of one prompt."""
+        before, after = self.marks
+        question = (
+            f"This is a region of a picture{_explained(self.fuzz_style.view)}. Text of the same prompt: {text}\n"
+            f"Description: {explanation}\nDo both the region and the words between {before} and {after} fit the "
+            f"description? {self._verdict}"
+        )
+        return self._request([*views, question], self.verdict_tokens, schemas.VERDICT)
 
     def read_verdict(self, reply: str) -> bool | None:
         """Read the JSON object, or a bare yes or no."""

@@ -303,6 +303,7 @@ class _Maker:
             images=one.image_ids,
             texts=one.texts,
             rng=rng,
+            both_lists=test.scorer.both_lists,
         )
         items = test.scorer.items(examples, self.book, self.sampling, rng)
         check_unread(one.feature, [(item.prompt_id, item.text) for item in items if item.text], read=one.texts)

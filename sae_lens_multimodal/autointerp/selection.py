@@ -130,6 +130,7 @@ def held_out(
     images: Iterable[str],
     texts: Iterable[str] = (),
     rng: np.random.Generator,
+    both_lists: bool = False,
 ) -> HeldOut:
     """Collect the examples of one modality that share no prompt and no picture with those shown to the explainer.
 
@@ -141,9 +142,15 @@ def held_out(
         images: content names of all pictures of those prompts.
         texts: texts shown to the explainer; whoever makes texts of the examples has to leave out what they say.
         rng: source of the order.
+        both_lists: take firing examples of the other modality's lists, too.
     """
     taken_prompts, taken_images = set(prompts), store.look_alikes(images)
-    firing = [*store.examples(feature, "top", modality), *store.examples(feature, "ordinary", modality)]
+    lists: list[ModalityName] = [modality, "text" if modality == "image" else "image"]
+    firing = [
+        one
+        for name in lists[: 1 + both_lists]
+        for one in [*store.examples(feature, "top", name), *store.examples(feature, "ordinary", name)]
+    ]
     kept = distinct(_fires(firing, modality), prompts=taken_prompts, images=taken_images)
     silent = distinct(
         store.examples(feature, "silent", modality),

@@ -52,7 +52,13 @@ class FuzzingScorer(Scorer):
             )
 
     def _region_item(
-        self, example: Example, right: Region, region: Region, book: PromptBook, style: RegionStyle | None = None
+        self,
+        example: Example,
+        right: Region,
+        region: Region,
+        book: PromptBook,
+        style: RegionStyle | None = None,
+        text: str | None = None,
     ) -> Item:
         style = style or book.fuzz_style
         heat = moved_heat(heat_of(example, region.image), right.box, region.box) if style.view == "heat" else None
@@ -65,6 +71,7 @@ class FuzzingScorer(Scorer):
             image=region.image,
             box=region.box,
             style=style.for_patches(region.patch_pixels),
+            text=text,
             views=tuple(show(example.images[region.image], region, style, heat=heat)),
         )
 
