@@ -53,9 +53,11 @@ class Contrastive(Procedure):
     """Balanced accuracy on the items to confirm by below which no explanation is kept: the feature has no common
     meaning then. Of judges that toss coins one in seven reaches .75 on eight items."""
     neighbours: Mapping[int, Sequence[int]] = field(default_factory=dict, repr=False)
-    """Of each feature the features with the nearest decoder directions, see `decoder_neighbours`."""
+    """Of each feature the features with the nearest decoder directions, see `decoder_neighbours`. None given: those of
+    the store, if its features were described."""
     embed: Embed | None = field(default=None, repr=False)
-    """What makes pictures comparable, to find silent regions that look alike."""
+    """What makes pictures comparable, to find silent regions that look alike. None: the model's own vision tower, if
+    the store's features were described."""
     embed_name: str = ""
     """Which embedding that is; recorded with the results."""
 
@@ -177,7 +179,7 @@ class _Search:
         """Deal the examples out; None where there are none to show."""
         rng = context.rng(feature, modality)
         negatives = HardNegatives(
-            context.store, threshold=context.threshold, neighbours=procedure.neighbours, embed=procedure.embed
+            context.store, threshold=context.threshold, neighbours=procedure.neighbours or None, embed=procedure.embed
         )
         dealer = Dealer(context, feature, negatives, procedure.n_validation, rng)
         split = split_examples(

@@ -34,9 +34,11 @@ def write_store(folder: Path, model: VisionLanguageModel) -> FeatureStore:
     scenes = {seed: make_scene(seed) for seed in range(N_SCENES)}
     values: dict[int, dict[int, Values]] = {feature: {} for feature in range(len(COLOURS))}
     for seed, scene in scenes.items():
-        batch = model.encode(prompt_about(scene.image, "what is in the picture ?"))
+        question = "what is in the picture ?"
+        batch = model.encode(prompt_about(scene.image, question))
         tokens = model.token_strings(batch["input_ids"][0])
-        writer.add_prompt(seed, tokens=tokens, layout=batch.layout.row(0), images=[scene.image])
+        messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
+        writer.add_prompt(seed, tokens=tokens, layout=batch.layout.row(0), images=[scene.image], messages=messages)
         boxes = batch.layout.boxes[0].numpy()
         for feature, colour in enumerate(COLOURS):
             values[feature][seed] = patch_activations(scene, colour, boxes, strength=4.0 + seed % 7)
@@ -70,9 +72,10 @@ def _text_prompts(writer: StoreWriter, model: VisionLanguageModel) -> dict[int, 
     rows = {}
     for index in range(N_TEXTS):
         text = text_context(draw_objects(rng, 4))
-        batch = model.encode([{"role": "user", "content": [{"type": "text", "text": text}]}])
+        messages = [{"role": "user", "content": [{"type": "text", "text": text}]}]
+        batch = model.encode(messages)
         tokens = model.token_strings(batch["input_ids"][0])
-        writer.add_prompt(1000 + index, tokens=tokens, layout=batch.layout.row(0))
+        writer.add_prompt(1000 + index, tokens=tokens, layout=batch.layout.row(0), messages=messages)
         rows[1000 + index] = np.array([5.0 if token.strip() == "red" else 0.0 for token in tokens], dtype=np.float32)
     return rows
 
