@@ -67,10 +67,11 @@ def crop(picture: Image.Image, region: HasBox, style: RegionStyle) -> Image.Imag
     Raises:
         SelectionError: the region lies outside of the picture.
     """
-    return _enlarged(picture.crop(shown_box(region, picture.size, style)), style.min_side_pixels)
+    return enlarged(picture.crop(shown_box(region, picture.size, style)), style.min_side_pixels)
 
 
-def _enlarged(image: Image.Image, min_side_pixels: int) -> Image.Image:
+def enlarged(image: Image.Image, min_side_pixels: int) -> Image.Image:
+    """Enlarge an image if its shorter side is shorter than that."""
     scale = min_side_pixels / min(image.size)
     return image if scale <= 1 else _scaled(image, scale)
 
@@ -115,7 +116,7 @@ def side_by_side(picture: Image.Image, region: HasBox, style: RegionStyle) -> Im
     both = Image.new("RGB", (whole.width + gap + cut.width, whole.height), GROUND)
     both.paste(whole, (0, 0))
     both.paste(cut, (whole.width + gap, (whole.height - cut.height) // 2))
-    return _enlarged(both, style.min_side_pixels)
+    return enlarged(both, style.min_side_pixels)
 
 
 def show(

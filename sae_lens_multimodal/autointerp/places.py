@@ -48,7 +48,7 @@ class Spot(NamedTuple):
     @property
     def size(self) -> Float[np.ndarray, "2"]:
         """Its width and height, as shares of the picture's."""
-        return np.array([self.region.box.width, self.region.box.height]) / self._picture
+        return np.array([self.region.box.width, self.region.box.height]) / self.picture
 
     @property
     def place(self) -> Float[np.ndarray, "2"]:
@@ -61,10 +61,11 @@ class Spot(NamedTuple):
     @property
     def room(self) -> Float[np.ndarray, "2"]:
         """How far it could be moved from one edge to the other, in pixels across and down."""
-        return self._picture - (self.region.box.width, self.region.box.height)
+        return self.picture - (self.region.box.width, self.region.box.height)
 
     @property
-    def _picture(self) -> Float[np.ndarray, "2"]:
+    def picture(self) -> Float[np.ndarray, "2"]:
+        """Width and height of its picture."""
         return np.array(self.example.layout.image_sizes[0][self.region.image], dtype=np.float64)
 
 
@@ -189,7 +190,9 @@ def closed_assignment(worth: Float[np.ndarray, "n n"], possible: Bool[np.ndarray
 
 
 def as_large_in(example: Example, image: int, like: Spot) -> Region | None:
-    """Make a region as large in another picture as one is in its own, in whole patches, at the upper left corner.
+    """Make a region of the same shape and as large a part of another picture as one is of its own.
+
+    In whole patches, as regions are, and at the upper left corner.
 
     Returns:
         None where that picture has no such view.
@@ -198,7 +201,10 @@ def as_large_in(example: Example, image: int, like: Spot) -> Region | None:
     if patch is None:
         return None
     picture = np.array(example.layout.image_sizes[0][image], dtype=np.float64)
-    width, height = np.minimum(np.maximum(np.round(like.size * picture / patch), 1) * patch, picture).tolist()
+    # as wide a share of a wide picture as of a narrow one would be another shape, and things have shapes of their own
+    scale = np.sqrt(picture.prod() / like.picture.prod())
+    pixels = scale * np.array([like.region.box.width, like.region.box.height])
+    width, height = np.minimum(np.maximum(np.round(pixels / patch), 1) * patch, picture).tolist()
     box = Box(0.0, 0.0, width, height)
     return replace(like.region, image=image, box=box, tokens=(), patch_pixels=float(patch.min()))
 

@@ -230,9 +230,11 @@ def test_silent_pictures_give_regions_as_large_at_the_same_places(store: Feature
         if one is not None:
             assert one.example.kind == "silent"
             assert same_places([one], [spot])
-            size = patch_size(one.example, 0, spot.region.view)
-            assert size is not None
-            assert (np.abs(one.size - spot.size) * one.example.images[0].size <= size).all()
+            patch = patch_size(one.example, 0, spot.region.view)
+            assert patch is not None
+            scale = (one.picture.prod() / spot.picture.prod()) ** 0.5
+            wanted = np.minimum(scale * spot.size * spot.picture, one.picture)
+            assert (np.abs(one.size * one.picture - wanted) <= patch).all(), "of the same shape, as large a part"
     assert placed_alike(spots, [], rng=np.random.default_rng(0)) == [None] * len(spots)
     assert placed_alike([], silent, rng=np.random.default_rng(0)) == []
 

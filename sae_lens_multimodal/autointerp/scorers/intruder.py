@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 
+from sae_lens_multimodal.autointerp.drawing import enlarged
 from sae_lens_multimodal.autointerp.judges.base import Judge, JudgeFailure
 from sae_lens_multimodal.autointerp.measures import Measured, Measurer, averages, by_band
 from sae_lens_multimodal.autointerp.places import placed_alike, strongest_spots
@@ -32,8 +33,8 @@ class IntruderScorer(Measurer):
 
     After the intruder test of topic models (Chang et al. 2009), as Delphi uses it for features. `accuracy` is above
     `chance`, one out of all shown, where a feature has a meaning that the judge sees; no explanation is needed. The
-    intruder has the size and the place of one more region where the feature fires, which is not shown, so that neither
-    tells it from the others; over the trials it stands in each position as often as in any other.
+    intruder has the size and the place of one more region where the feature fires, which is not shown, and all are
+    shown equally large, so that neither tells it from the others; it stands in each position equally often.
 
     Args:
         judge: who judges.
@@ -100,6 +101,8 @@ class IntruderScorer(Measurer):
         for (spots, intruder), place in zip(found, places, strict=True):
             shown = [*spots[:place], intruder, *spots[place:]]
             views = [show(one.images[region.image], region, style)[0] for one, region in shown]
+            longest = max(min(view.size) for view in views)
+            views = [enlarged(view, longest) for view in views]
             trials.append(_Trial(views, place, spots[0].example))
         return trials
 
