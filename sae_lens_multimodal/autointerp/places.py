@@ -152,10 +152,10 @@ def placed_alike(
     """
     hosts = [(one, int(rng.integers(len(one.images)))) for one in silent if one.images]
     tried = [[_alike_in(*host, one, margin_pixels) for host in hosts] for one in firing[: len(hosts)]]
-    gain = [[-1.0 if one is None else 1.0 + one[0].detail(one[1]) for one in row] for row in tried]
+    worth = np.array([[-1.0 if one is None else one[0].detail(one[1]) for one in row] for row in tried])
     placed: list[Spot | None] = [None] * len(firing)
     if tried:
-        for row, column in zip(*linear_sum_assignment(np.array(gain), maximize=True), strict=True):
+        for row, column in zip(*linear_sum_assignment(_gain(worth, worth >= 0, -1.0), maximize=True), strict=True):
             if (found := tried[row][column]) is not None:
                 host, box = found
                 placed[row] = Spot(host.spot.example, host.region_in(box))
@@ -182,11 +182,16 @@ def closed_assignment(worth: Float[np.ndarray, "n n"], possible: Bool[np.ndarray
     n = len(worth)
     if not n:
         return []
-    # all worth together is less than one assignment more; an impossible one costs more than all can gain
-    gain = np.where(possible, 1 + worth / (1 + n * worth.max()), -2.0 * n)
+    # an impossible assignment costs more than all can gain
+    gain = _gain(worth, possible, -2.0 * n)
     np.fill_diagonal(gain, 0.0)
     rows, columns = linear_sum_assignment(gain, maximize=True)
     return [None if row == column else column for row, column in zip(rows.tolist(), columns.tolist(), strict=True)]
+
+
+def _gain(worth: Float[np.ndarray, "n m"], possible: Bool[np.ndarray, "n m"], otherwise: float) -> np.ndarray:
+    """Let every possible assignment count more than all worth together."""
+    return np.where(possible, 1 + worth / (1 + len(worth) * worth.max()), otherwise)
 
 
 def as_large_in(example: Example, image: int, like: Spot) -> Region | None:

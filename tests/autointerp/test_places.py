@@ -21,6 +21,7 @@ from sklearn.preprocessing import StandardScaler
 from sae_lens_multimodal.adapters.model import VisionLanguageModel
 from sae_lens_multimodal.autointerp.places import (
     Spot,
+    _gain,
     as_large_in,
     closed_assignment,
     exchanged,
@@ -237,6 +238,12 @@ def test_silent_pictures_give_regions_as_large_at_the_same_places(store: Feature
             assert (np.abs(one.size * one.picture - wanted) <= patch).all(), "of the same shape, as large a part"
     assert placed_alike(spots, [], rng=np.random.default_rng(0)) == [None] * len(spots)
     assert placed_alike([], silent, rng=np.random.default_rng(0)) == []
+
+
+def test_none_is_left_out_for_more_detail_elsewhere() -> None:
+    gain = _gain(np.array([[100.0, 1.0], [90.0, -1.0]]), np.array([[True, True], [True, False]]), -1.0)
+    _, columns = linear_sum_assignment(gain, maximize=True)
+    assert columns.tolist() == [1, 0], "both, rather than the better one alone"
 
 
 def test_a_view_that_a_picture_lacks_gives_no_region(store: FeatureStore) -> None:
