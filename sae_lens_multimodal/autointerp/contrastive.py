@@ -53,9 +53,11 @@ class Contrastive(Procedure):
     """Balanced accuracy on the items to confirm by below which no explanation is kept: the feature has no common
     meaning then. Of judges that toss coins one in seven reaches .75 on eight items."""
     neighbours: Mapping[int, Sequence[int]] = field(default_factory=dict, repr=False)
-    """Of each feature the features with the nearest decoder directions, see `decoder_neighbours`."""
+    """Of each feature the features with the nearest decoder directions, see `decoder_neighbours`. None given: those of
+    the store, if its features were described."""
     embed: Embed | None = field(default=None, repr=False)
-    """What makes pictures comparable, to find silent regions that look alike."""
+    """What makes pictures comparable, to find silent regions that look alike. None: the model's own vision tower, if
+    the store's features were described."""
     embed_name: str = ""
     """Which embedding that is; recorded with the results."""
 
@@ -176,6 +178,10 @@ class _Search:
     def of(cls, procedure: Contrastive, context: Context, feature: int, modality: ModalityName) -> _Search | None:
         """Deal the examples out; None where there are none to show."""
         rng = context.rng(feature, modality)
+        negatives = HardNegatives(
+            context.store, threshold=context.threshold, neighbours=procedure.neighbours or None, embed=procedure.embed
+        )
+        dealer = Dealer(context, feature, negatives, procedure.n_validation, rng)
         split = split_examples(
             context.store,
             feature,
@@ -184,15 +190,12 @@ class _Search:
             n_validate=procedure.n_validation,
             n_silent=context.n_contrast,
             rng=rng,
+            text_of=dealer.text_of if modality == "text" else None,
         )
-        negatives = HardNegatives(
-            context.store, threshold=context.threshold, neighbours=procedure.neighbours, embed=procedure.embed
-        )
-        dealer = Dealer(context, feature, negatives, procedure.n_validation, rng)
         active, silent = dealer.shown(split) if modality == "image" else dealer.shown_texts(split)
         if not active:
             return None
-        items = dealer.items(split) if modality == "image" else dealer.text_items(split)
+        items = dealer.items(split) if modality == "image" else dealer.text_items(split, [*active, *silent])
         used = {one.shown.prompt_id for one in (*active, *silent)} | {item.prompt_id for item in items}
         examples = (*split.explain, *split.explain_silent, *split.validate.firing, *split.validate.silent)
         names = {name for one in examples if one.prompt_id in used for name in one.image_ids}

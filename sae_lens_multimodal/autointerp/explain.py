@@ -113,6 +113,8 @@ def explain(
     }
     if procedure is not None:
         settings["procedure"] = procedure.settings()
+        # hard negatives come from the descriptions
+        settings["described"] = store.descriptions is not None
     folder = RecordFolder(output, kind=KIND, schema_version=SCHEMA_VERSION, settings=settings)
     wanted = _wanted(store, store.features if features is None else features, modality)
     known = _known(folder, retry_failed=retry_failed)

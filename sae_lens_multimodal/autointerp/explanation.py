@@ -101,6 +101,11 @@ class Explanation:
         return tuple(sorted({one.prompt_id for one in (*self.shown, *self.validated_on)}))
 
     @property
+    def texts(self) -> tuple[str, ...]:
+        """The texts that the explainer saw or the choice was made on, with their marks: scores need others."""
+        return tuple(one.text for one in (*self.shown, *self.validated_on) if one.text)
+
+    @property
     def validation(self) -> float | None:
         """Balanced accuracy of the explanation that was kept, on items that it was not chosen by; None without any."""
         return next((one.confirmation for one in self.candidates if one.text == self.text), None)

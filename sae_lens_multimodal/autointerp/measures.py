@@ -68,7 +68,9 @@ class _Test:
                 continue
             name = zlib.crc32(f"{one.modality} {self.measurer.name}".encode())
             rng = np.random.default_rng((seed, one.feature, name))
-            examples = held_out(store, one.feature, one.modality, prompts=one.prompt_ids, images=one.image_ids, rng=rng)
+            examples = held_out(
+                store, one.feature, one.modality, prompts=one.prompt_ids, images=one.image_ids, texts=one.texts, rng=rng
+            )
             self.plans.append(self.measurer.plan(words.text, examples, rng))
 
     def measure(self) -> Measure:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
@@ -28,6 +28,15 @@ class Meaning(NamedTuple):
     def common(self) -> bool:
         """Whether the explainer found anything that the examples share."""
         return bool(self.text)
+
+
+class JointViews(NamedTuple):
+    """What is shown of one prompt in both modalities."""
+
+    views: Sequence[Image.Image]
+    """The views of a region, or the whole picture."""
+    text: str
+    """A stretch of its text, with or without marks."""
 
 
 class PromptBook(ABC):
@@ -85,6 +94,16 @@ class PromptBook(ABC):
             silent: texts in which the feature does not fire.
         """
 
+    def explain_joint(self, active: Sequence[JointViews], silent: Sequence[JointViews]) -> JudgeRequest | None:
+        """Ask what regions and the marked words of the same prompts share; None in a book without words for that.
+
+        Args:
+            active: the views of each region and the text with the marks, of one prompt each.
+            silent: whole pictures and texts in which the feature does not fire.
+        """
+        del active, silent
+        return None
+
     @abstractmethod
     def read_meaning(self, reply: str) -> Meaning | None:
         """Read the reply to either question above."""
@@ -134,6 +153,11 @@ class PromptBook(ABC):
     @abstractmethod
     def fuzz_text(self, explanation: str, text: str) -> JudgeRequest | None:
         """Ask whether the marked words are what the explanation says."""
+
+    def fuzz_joint(self, explanation: str, views: Sequence[Image.Image], text: str) -> JudgeRequest | None:
+        """Ask whether both a region and the marked words are what the explanation says; None without words for that."""
+        del explanation, views, text
+        return None
 
     def reordered(self) -> PromptBook | None:
         """Give the same book with the answers offered in another order; None for a book that offers none."""
@@ -301,6 +325,22 @@ class GeneralPrompts(PromptBook):
         parts += [f"Silent text {number}, on which it does not fire: {text}" for number, text in enumerate(silent, 1)]
         return parts
 
+    def explain_joint(self, active: Sequence[JointViews], silent: Sequence[JointViews]) -> JudgeRequest:
+        """Show each region with the text of its prompt, first the active, then the silent ones."""
+        before, after = self.marks
+        parts: list[Part] = [
+            "An inner unit of a vision-language model fires on certain regions of pictures, and on words of the same "
+            f"prompts, here between {before} and {after}. Find out what it stands for."
+        ]
+        for number, (views, text) in enumerate(active, start=1):
+            parts += [f"Prompt {number}, the region on which it fires{_explained(self.explain_style.view)}:", *views]
+            parts.append(f"The words of prompt {number} on which it fires: {text}")
+        for number, (views, text) in enumerate(silent, start=1):
+            parts += [f"Silent prompt {number}, in whose picture it does not fire:", *views]
+            parts.append(f"The text of silent prompt {number}, in which it does not fire: {text}")
+        parts.append(f"What do the regions and the marked words share, and the silent prompts lack? {_MEANING}")
+        return self._request(parts, self.meaning_tokens, schemas.MEANING)
+
     def read_proposals(self, reply: str) -> list[Meaning] | None:
         """Read the JSON object; an entry of another shape makes all of it unreadable."""
         found = json_object(reply)
@@ -354,6 +394,16 @@ class GeneralPrompts(PromptBook):
             f"other words of the text? {self._verdict}"
         )
         return self._request([f"Text: {text}", question], self.verdict_tokens, schemas.VERDICT)
+
+    def fuzz_joint(self, explanation: str, views: Sequence[Image.Image], text: str) -> JudgeRequest:
+        """Ask about a region and the marked words of one prompt."""
+        before, after = self.marks
+        question = (
+            f"This is a region of a picture{_explained(self.fuzz_style.view)}. Text of the same prompt: {text}\n"
+            f"Description: {explanation}\nDo both the region and the words between {before} and {after} fit the "
+            f"description? {self._verdict}"
+        )
+        return self._request([*views, question], self.verdict_tokens, schemas.VERDICT)
 
     def read_verdict(self, reply: str) -> bool | None:
         """Read the JSON object, or a bare yes or no."""
@@ -445,12 +495,18 @@ def _meaning_of(entry: object) -> Meaning | None:
 
 def _explained(view: View) -> str:
     """Say how a region is shown."""
-    if view == "crop":
-        return " (cut out)"
-    if view == "heat":
-        return " (bright yellow in its picture, all else tinted dark blue)"
-    outlined = "outlined in its picture, all else dimmed"
-    return f" ({outlined})" if view == "marked" else f" (cut out, then {outlined})"
+    return f" ({_HOW_SHOWN[view]})"
+
+
+_HOW_SHOWN: Mapping[View, str] = {
+    "crop": "cut out",
+    "outlined": "outlined in its picture",
+    "dimmed": "in its picture, where all else is dimmed",
+    "marked": "outlined in its picture, all else dimmed",
+    "both": "cut out, then outlined in its picture, all else dimmed",
+    "side_by_side": "on the left outlined in its picture, on the right cut out and enlarged",
+    "heat": "bright yellow in its picture, all else tinted dark blue",
+}
 
 
 def mark_stretches(tokens: Sequence[str], marked: Sequence[bool], *, before: str, after: str, between: str = "") -> str:

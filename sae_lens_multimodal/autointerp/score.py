@@ -19,6 +19,7 @@ from sae_lens_multimodal.autointerp.metrics import derangement
 from sae_lens_multimodal.autointerp.procedures import read_answer
 from sae_lens_multimodal.autointerp.prompts import GeneralPrompts, PromptBook
 from sae_lens_multimodal.autointerp.records import RecordFolder
+from sae_lens_multimodal.autointerp.repeats import check_unread
 from sae_lens_multimodal.autointerp.results import (
     KIND,
     SCHEMA_VERSION,
@@ -129,7 +130,7 @@ def score(
     Raises:
         ConfigError: an unknown scorer, or numbers that cannot work.
         JudgeError: the judge cannot be asked at all; what was answered so far is kept.
-        SelectionError: an example to score with was shown to the explainer.
+        SelectionError: an example to score with, or a text that says the same, was shown to the explainer.
         StoreError: the folder holds results made with other settings, or of another explanation of the same feature.
     """
     book = GeneralPrompts() if prompts is None else prompts
@@ -295,6 +296,15 @@ class _Maker:
         one = test.explanation
         rng = np.random.default_rng((self.seed, one.feature, zlib.crc32(f"{one.modality} {test.scorer.name}".encode())))
         examples = held_out(
-            self.store, one.feature, one.modality, prompts=one.prompt_ids, images=one.image_ids, rng=rng
+            self.store,
+            one.feature,
+            one.modality,
+            prompts=one.prompt_ids,
+            images=one.image_ids,
+            texts=one.texts,
+            rng=rng,
+            both_lists=test.scorer.both_lists,
         )
-        return test.scorer.items(examples, self.book, self.sampling, rng)
+        items = test.scorer.items(examples, self.book, self.sampling, rng)
+        check_unread(one.feature, [(item.prompt_id, item.text) for item in items if item.text], read=one.texts)
+        return items

@@ -98,6 +98,7 @@ def calibrate(options: Namespace) -> None:
 
 def _procedure(options: Namespace, store: FeatureStore) -> Procedure | None:
     from sae_lens_multimodal.autointerp.contrastive import Contrastive
+    from sae_lens_multimodal.autointerp.joint import Joint
     from sae_lens_multimodal.autointerp.negatives import decoder_neighbours
     from sae_lens_multimodal.autointerp.procedures import Published
     from sae_lens_multimodal.autointerp.words_first import WordsFirst
@@ -108,6 +109,8 @@ def _procedure(options: Namespace, store: FeatureStore) -> Procedure | None:
         return None
     if options.procedure == "words-first":
         return WordsFirst()
+    if options.procedure == "joint":
+        return Joint()
     if options.procedure == "published":
         return Published()
     if options.sae is None:

@@ -140,10 +140,10 @@ def _add_explain(commands: Commands[argparse.ArgumentParser]) -> None:
     explain.add_argument("--output", type=Path, help="folder for explanations.jsonl (default: inside the store)")
     explain.add_argument(
         "--procedure",
-        choices=("general", "words-first", "contrastive", "published"),
+        choices=("general", "words-first", "contrastive", "published", "joint"),
         default="general",
         help="one question; that only where no word at hand tells the meaning; several candidates, tried on examples "
-        "of their own; or as arXiv 2411.14982 does",
+        "of their own; as arXiv 2411.14982 does; or one question about prompts in whose picture and text it fires",
     )
     explain.add_argument(
         "--sae",
@@ -159,7 +159,7 @@ def _add_score(commands: Commands[argparse.ArgumentParser]) -> None:
     _add_judge(score)
     score.add_argument("--explanations", type=Path, help="explanations.jsonl (default: the store's own)")
     score.add_argument("--output", type=Path, help="folder for scores.jsonl (default: inside the store)")
-    score.add_argument("--scorers", default="detection,fuzzing", help="with commas; also detection_crop")
+    score.add_argument("--scorers", default="detection,fuzzing", help="with commas; also detection_crop, fuzzing_joint")
     score.add_argument("--items", type=int, default=5, help="items of each kind a test (default: %(default)s)")
     score.add_argument("--seed", type=int, default=0)
 

@@ -10,7 +10,7 @@ from sae_lens_multimodal.autointerp.drawing import show
 from sae_lens_multimodal.autointerp.regions import heat_of, moved_heat
 from sae_lens_multimodal.autointerp.scorers import SCORERS, Item
 from sae_lens_multimodal.autointerp.styles import RegionStyle
-from sae_lens_multimodal.features.schema import KINDS
+from sae_lens_multimodal.features.schema import KINDS, MODALITIES
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -26,8 +26,11 @@ if TYPE_CHECKING:
 _OUTLINED = RegionStyle(view="marked", margin_pixels=0.0)
 _WORDS = {
     "crop": "cut out",
+    "outlined": "outlined in its picture",
+    "dimmed": "in its picture, where all else is dimmed",
     "marked": "outlined in its picture",
     "both": "cut out, then outlined in its picture",
+    "side_by_side": "outlined in its picture, and cut out beside it",
     "heat": "its picture, coloured by activation",
 }
 
@@ -87,7 +90,8 @@ class Redrawing:
 
     def _of_feature(self, feature: int) -> dict[int, Example]:
         if feature not in self._examples:
-            found = [one for kind in KINDS[:2] for one in self._store.examples(feature, kind, "image")]
+            lists = [(kind, name) for name in reversed(MODALITIES) for kind in KINDS[:2]]
+            found = [one for kind, name in lists for one in self._store.examples(feature, kind, name)]
             self._examples = {feature: {one.prompt_id: one for one in found}}
         return self._examples[feature]
 

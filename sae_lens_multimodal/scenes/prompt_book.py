@@ -8,7 +8,7 @@ from itertools import combinations
 from typing import TYPE_CHECKING, Literal
 
 from sae_lens_multimodal.autointerp.judges.base import JudgeRequest, Part
-from sae_lens_multimodal.autointerp.prompts import Meaning, PromptBook, mark_stretches
+from sae_lens_multimodal.autointerp.prompts import JointViews, Meaning, PromptBook, mark_stretches
 from sae_lens_multimodal.autointerp.styles import RegionStyle
 from sae_lens_multimodal.scenes import questions as q
 from sae_lens_multimodal.scenes.crops import MIN_SIDE
@@ -111,6 +111,13 @@ class ScenesPromptBook(PromptBook):
         texts = list(active) * 2 if len(active) == 1 else active
         return _free([f"{' '.join(texts)} {q.MARKS_QUESTION}"])
 
+    def explain_joint(self, active: Sequence[JointViews], silent: Sequence[JointViews]) -> JudgeRequest:
+        """Ask what the crops have in common, with the marked words before the question."""
+        del silent
+        crops = [view for views, _ in active for view in views]
+        question = q.COMMON_QUESTION if len(crops) > 1 else q.NAME_QUESTION
+        return _free([*crops, " ".join([*(text for _, text in active), question])])
+
     def read_meaning(self, reply: str) -> Meaning | None:
         """Read a phrase, or "nothing"."""
         if reply.strip() == _NOTHING:
@@ -155,6 +162,11 @@ class ScenesPromptBook(PromptBook):
         """Ask "what is this ?"."""
         wanted = attributes_of(explanation)
         return replace(_free([*views, q.NAME_QUESTION]), given_reply=phrase_of(wanted)) if wanted else None
+
+    def fuzz_joint(self, explanation: str, views: Sequence[Image.Image], text: str) -> JudgeRequest | None:
+        """Ask the same about both."""
+        wanted = attributes_of(explanation)
+        return None if wanted is None else _yes_or_no([*views, f"{text} {q.judge_text(phrase_of(wanted))}"])
 
     def read_verdict(self, reply: str) -> bool | None:
         """Read "yes" or "no"."""

@@ -37,6 +37,8 @@ from sae_lens_multimodal.autointerp.scorers.intruder import IntruderScorer
 from sae_lens_multimodal.autointerp.scorers.masks import MaskScorer
 from sae_lens_multimodal.autointerp.scorers.simulation import SimulationScorer, average_precision
 from sae_lens_multimodal.autointerp.scorers.steering import SteeringScorer
+from sae_lens_multimodal.autointerp.selection import held_out
+from sae_lens_multimodal.autointerp.styles import RegionStyle
 from sae_lens_multimodal.errors import ConfigError, ModelLoadError, SelectionError, StoreError
 from sae_lens_multimodal.features.store import FeatureStore
 from sae_lens_multimodal.scenes.prompt_book import scenes_prompt_book
@@ -90,9 +92,26 @@ def test_intruder_is_found_by_who_sees_and_by_chance_by_who_does_not(store: Feat
     assert np.mean([one.found.values["accuracy"] for one in seeing]) >= 0.8
     assert seeing[0].found.values["chance"] == 0.25
     blind = run(store, IntruderScorer(ScriptedJudge(lambda _: '{"intruder": 2}'), book), tmp_path / "b")
-    assert np.mean([one.found.values["accuracy"] for one in blind]) < 0.6
+    assert [one.found.values["accuracy"] for one in blind] == [0.25] * 4, "it stands in every position equally often"
     wordless = run(store, IntruderScorer(ScriptedJudge([]), BOOK), tmp_path / "c")
     assert wordless[0].found.note == "the prompt book cannot ask for an intruder"
+
+
+def test_the_intruder_is_not_told_by_its_size(store: FeatureStore) -> None:
+    book = GeneralPrompts(fuzz_style=RegionStyle(view="crop", margin_pixels=0))
+    scorer = IntruderScorer(ScriptedJudge([]), book)
+    guesses: list[list[bool]] = []
+    for seed in range(30):
+        for feature in range(len(COLOURS)):
+            rng = np.random.default_rng(seed)
+            examples = held_out(store, feature, "image", prompts=[], images=[], rng=rng)
+            for views, place, _ in scorer._trials(examples, rng):
+                assert len({min(view.size) for view in views}) == 1
+                lengths = [max(view.size) for view in views]
+                apart = [sorted(abs(one - other) for other in lengths)[1] for one in lengths]
+                guesses.append([place == guess for guess in map(np.argmin, (lengths, np.negative(lengths), apart))])
+    assert len(guesses) == 30 * 4 * 4
+    assert np.mean(guesses, axis=0) == pytest.approx(0.25, abs=0.1), "the smallest, the largest, the one with a twin"
 
 
 def test_failures_are_missing_in_one_number_and_wrong_in_the_other(store: FeatureStore, tmp_path: Path) -> None:

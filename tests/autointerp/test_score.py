@@ -333,7 +333,7 @@ def test_bad_settings(store: FeatureStore, explanations: list[Explanation], tmp_
 
 def test_scorers_are_registered_under_their_names() -> None:
     assert {name: scorer.name for name, scorer in SCORERS.items()} == {
-        name: name for name in ("detection", "detection_crop", "fuzzing")
+        name: name for name in ("detection", "detection_crop", "fuzzing", "fuzzing_joint")
     }
 
 

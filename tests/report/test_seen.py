@@ -53,7 +53,7 @@ def same(one: Sequence[Image.Image], other: Sequence[Image.Image]) -> bool:
 def test_every_picture_and_question_is_what_the_judge_was_sent(known: FeatureStore, tmp_path: Path, view: View) -> None:
     verdicts, requests, book = judged(known, tmp_path, view)
     assert len(verdicts) == len(requests) > 60
-    assert {one.scorer for one in verdicts} == set(SCORERS)
+    assert {one.scorer for one in verdicts} == set(SCORERS) - {"fuzzing_joint"}, "no feature fires in both modalities"
     left = list(requests)
     for feature in (*FEATURES, TEXT_FEATURE):
         mine = [one for one in verdicts if one.feature == feature]
