@@ -141,7 +141,10 @@ def test_the_tiny_model_is_not_surprised_by_what_is_right(
     for one in found[:3]:
         assert one.control is not None
         assert one.found.values["gain_bits"] > 0 > one.found.values["gain_bits_silent"]
-        assert one.found.values["gain_auroc"] > 0.9 > one.control.values["gain_auroc"]
+        assert one.found.values["gain_auroc"] > 0.9
+        assert one.control.values["gain_bits"] < 0, "another colour's name is less likely of the region than of grey"
+    # which of the places that are not of that colour is the least unlike it is chance
+    assert np.mean([one.control.values["gain_auroc"] for one in found[:3] if one.control]) < 0.75
     assert "gain_bits" not in found[3].found.values, "this book asks for no texts"
 
 
