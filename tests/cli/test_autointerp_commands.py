@@ -150,7 +150,10 @@ def test_measure_says_what_is_missing(
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
     model: VisionLanguageModel,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    # a hub that cannot be reached is tried again and again
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     write_store(tmp_path / "store", model)
     (tmp_path / "explanations.jsonl").write_text('{"feature": 0, "text": "red"}\n')
     command = ("measure", str(tmp_path / "store"), "--explanations", str(tmp_path / "explanations.jsonl"), *given)
