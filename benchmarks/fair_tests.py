@@ -24,8 +24,9 @@ from sklearn.preprocessing import StandardScaler
 from trained import cached_sae
 
 from sae_lens_multimodal import FeatureStore, harvest, load_model
+from sae_lens_multimodal.autointerp.general_prompts import GeneralPrompts
 from sae_lens_multimodal.autointerp.places import Spot, exchanged, placed_alike, strongest_spots
-from sae_lens_multimodal.autointerp.prompts import GeneralPrompts, PromptBook
+from sae_lens_multimodal.autointerp.prompts import PromptBook
 from sae_lens_multimodal.autointerp.regions import silent_region
 from sae_lens_multimodal.autointerp.scorers import DetectionScorer, FuzzingScorer, Sampling, Scorer
 from sae_lens_multimodal.autointerp.selection import HeldOut, held_out, shown_to_explainer

@@ -19,9 +19,10 @@ from sae_lens_multimodal.autointerp.explanation import (
     ModalityName,
     Shown,
 )
+from sae_lens_multimodal.autointerp.general_prompts import GeneralPrompts
 from sae_lens_multimodal.autointerp.judges.base import TRANSIENT, Judge, JudgeRequest
 from sae_lens_multimodal.autointerp.procedures import Context, Procedure, answered
-from sae_lens_multimodal.autointerp.prompts import GeneralPrompts, PromptBook
+from sae_lens_multimodal.autointerp.prompts import PromptBook
 from sae_lens_multimodal.autointerp.records import RecordFolder
 from sae_lens_multimodal.autointerp.regions import crop, find_regions, heat_of, show, silent_region
 from sae_lens_multimodal.autointerp.selection import choose_modality, shown_to_explainer, silent_for_explainer

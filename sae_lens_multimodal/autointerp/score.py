@@ -14,10 +14,11 @@ from tqdm import tqdm
 from sae_lens_multimodal.autointerp.costs import ledger_kept
 from sae_lens_multimodal.autointerp.explain import store_name
 from sae_lens_multimodal.autointerp.explanation import MODALITIES, Explanation, ModalityName
+from sae_lens_multimodal.autointerp.general_prompts import GeneralPrompts
 from sae_lens_multimodal.autointerp.judges.base import Judge, JudgeFailure, JudgeRequest, Outcome
 from sae_lens_multimodal.autointerp.metrics import derangement
 from sae_lens_multimodal.autointerp.procedures import read_answer
-from sae_lens_multimodal.autointerp.prompts import GeneralPrompts, PromptBook
+from sae_lens_multimodal.autointerp.prompts import PromptBook
 from sae_lens_multimodal.autointerp.records import RecordFolder
 from sae_lens_multimodal.autointerp.repeats import check_unread
 from sae_lens_multimodal.autointerp.results import (

@@ -79,7 +79,7 @@ def calibrate(options: Namespace) -> None:
     """Ask a judge what is known, and say how far it can be trusted."""
     from sae_lens_multimodal.autointerp.calibration import calibrate as run
     from sae_lens_multimodal.autointerp.calibration_text import agreement_line, calibration_lines
-    from sae_lens_multimodal.autointerp.prompts import GeneralPrompts
+    from sae_lens_multimodal.autointerp.general_prompts import GeneralPrompts
     from sae_lens_multimodal.files import read_json, write_json
     from sae_lens_multimodal.scenes.planted import planted_features
 

@@ -120,7 +120,7 @@ def _foretell(options: Namespace, names: list[str], store: FeatureStore, explana
 def _measurers(options: Namespace, names: list[str], store: FeatureStore, judge: Judge | None) -> list[Measurer]:
     book = make_prompts(options)
     if book is None:
-        from sae_lens_multimodal.autointerp.prompts import GeneralPrompts
+        from sae_lens_multimodal.autointerp.general_prompts import GeneralPrompts
 
         book = GeneralPrompts()
     if judge is None:

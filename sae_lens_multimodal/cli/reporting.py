@@ -118,7 +118,7 @@ def export(options: Namespace) -> None:
 
 def _runs(options: Namespace, store: FeatureStore) -> list[Run]:
     """Read the store's own run, or the one that the options name, and those that it is compared with."""
-    from sae_lens_multimodal.autointerp.prompts import GeneralPrompts
+    from sae_lens_multimodal.autointerp.general_prompts import GeneralPrompts
     from sae_lens_multimodal.report.build import OWN_NAME
     from sae_lens_multimodal.report.runs import read_run
     from sae_lens_multimodal.scenes.prompt_book import scenes_prompt_book

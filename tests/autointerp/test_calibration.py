@@ -18,6 +18,7 @@ from sae_lens_multimodal.autointerp.calibration import (
     calibrate,
 )
 from sae_lens_multimodal.autointerp.calibration_text import calibration_lines
+from sae_lens_multimodal.autointerp.general_prompts import GeneralPrompts
 from sae_lens_multimodal.autointerp.judges import (
     FailureKind,
     JudgeFailure,
@@ -26,7 +27,6 @@ from sae_lens_multimodal.autointerp.judges import (
     ReplyToken,
     ScriptedJudge,
 )
-from sae_lens_multimodal.autointerp.prompts import GeneralPrompts
 from sae_lens_multimodal.errors import ConfigError
 from sae_lens_multimodal.scenes.planted import planted_features
 from sae_lens_multimodal.scenes.prompt_book import scenes_prompt_book

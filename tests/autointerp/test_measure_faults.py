@@ -21,10 +21,10 @@ import pytest
 from PIL import Image
 
 from sae_lens_multimodal.autointerp.explanation import Explanation
+from sae_lens_multimodal.autointerp.general_prompts import GeneralPrompts
 from sae_lens_multimodal.autointerp.judges import CachedJudge, JudgeRequest, OpenAIJudge
 from sae_lens_multimodal.autointerp.measures import measure, read_measures
 from sae_lens_multimodal.autointerp.metrics import balanced_accuracy
-from sae_lens_multimodal.autointerp.prompts import GeneralPrompts
 from sae_lens_multimodal.autointerp.results import Verdict, read_verdicts
 from sae_lens_multimodal.autointerp.score import score
 from sae_lens_multimodal.autointerp.scorers.base import Sampling

@@ -24,12 +24,12 @@ from transformers import (
 from sae_lens_multimodal.adapters.model import VisionLanguageModel
 from sae_lens_multimodal.autointerp.embedding import TextImageEmbedding, tower_embedding
 from sae_lens_multimodal.autointerp.explanation import Explanation
+from sae_lens_multimodal.autointerp.general_prompts import GeneralPrompts
 from sae_lens_multimodal.autointerp.judges import FailureKind, JudgeFailure, JudgeRequest, Outcome, ScriptedJudge
 from sae_lens_multimodal.autointerp.measure_summary import measure_lines, summarise_measures
 from sae_lens_multimodal.autointerp.measurer import Measure, Measurer
 from sae_lens_multimodal.autointerp.measures import measure, read_measures
 from sae_lens_multimodal.autointerp.metrics import auroc
-from sae_lens_multimodal.autointerp.prompts import GeneralPrompts
 from sae_lens_multimodal.autointerp.results import read_scores, read_verdicts, summarise
 from sae_lens_multimodal.autointerp.score import score
 from sae_lens_multimodal.autointerp.scorers.embedding import EmbeddingScorer

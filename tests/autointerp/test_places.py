@@ -19,6 +19,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from sae_lens_multimodal.adapters.model import VisionLanguageModel
+from sae_lens_multimodal.autointerp.general_prompts import GeneralPrompts
 from sae_lens_multimodal.autointerp.places import (
     Spot,
     _gain,
@@ -28,7 +29,6 @@ from sae_lens_multimodal.autointerp.places import (
     placed_alike,
     strongest_spots,
 )
-from sae_lens_multimodal.autointerp.prompts import GeneralPrompts
 from sae_lens_multimodal.autointerp.regions import Region, patch_size, silent_region
 from sae_lens_multimodal.autointerp.scorers import CropDetectionScorer, FuzzingScorer, Item, Sampling
 from sae_lens_multimodal.autointerp.scorers.intruder import balanced_places

@@ -23,7 +23,7 @@ from sae_lens_multimodal.autointerp.drawing import (
     shown_box,
     side_by_side,
 )
-from sae_lens_multimodal.autointerp.prompts import GeneralPrompts
+from sae_lens_multimodal.autointerp.general_prompts import GeneralPrompts
 from sae_lens_multimodal.autointerp.regions import (
     Region,
     connected_groups,

@@ -12,8 +12,8 @@ import pytest
 
 from sae_lens_multimodal.autointerp.explain import explain
 from sae_lens_multimodal.autointerp.explanation import Explanation
+from sae_lens_multimodal.autointerp.general_prompts import GeneralPrompts
 from sae_lens_multimodal.autointerp.judges import FailureKind, JudgeFailure, JudgeRequest, ScriptedJudge
-from sae_lens_multimodal.autointerp.prompts import GeneralPrompts
 from sae_lens_multimodal.autointerp.results import Score, read_scores, read_verdicts, score_of, summarise
 from sae_lens_multimodal.autointerp.score import score
 from sae_lens_multimodal.autointerp.scorers import SCORERS, Sampling

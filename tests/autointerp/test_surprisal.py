@@ -12,6 +12,7 @@ from sklearn.metrics import log_loss, roc_auc_score
 
 from sae_lens_multimodal.adapters.model import VisionLanguageModel
 from sae_lens_multimodal.autointerp.explanation import Explanation
+from sae_lens_multimodal.autointerp.general_prompts import GeneralPrompts
 from sae_lens_multimodal.autointerp.judges import (
     CachedJudge,
     FailureKind,
@@ -28,7 +29,6 @@ from sae_lens_multimodal.autointerp.judges import (
 )
 from sae_lens_multimodal.autointerp.measurer import Measure
 from sae_lens_multimodal.autointerp.measures import measure
-from sae_lens_multimodal.autointerp.prompts import GeneralPrompts
 from sae_lens_multimodal.autointerp.scorers.surprisal import MOST_BITS, SurprisalScorer
 from sae_lens_multimodal.errors import ConfigError
 from sae_lens_multimodal.features.store import FeatureStore

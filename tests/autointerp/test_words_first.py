@@ -12,8 +12,8 @@ from PIL import Image
 
 from sae_lens_multimodal.adapters.model import VisionLanguageModel
 from sae_lens_multimodal.autointerp.explain import explain
+from sae_lens_multimodal.autointerp.general_prompts import GeneralPrompts
 from sae_lens_multimodal.autointerp.judges import JudgeRequest, ScriptedJudge
-from sae_lens_multimodal.autointerp.prompts import GeneralPrompts
 from sae_lens_multimodal.autointerp.results import read_verdicts
 from sae_lens_multimodal.autointerp.score import score
 from sae_lens_multimodal.autointerp.selection import used_and_left

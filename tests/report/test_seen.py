@@ -11,8 +11,8 @@ from PIL import Image
 
 from sae_lens_multimodal.adapters.model import load_model
 from sae_lens_multimodal.autointerp.explanation import Explanation
+from sae_lens_multimodal.autointerp.general_prompts import GeneralPrompts
 from sae_lens_multimodal.autointerp.judges import JudgeRequest, ScriptedJudge
-from sae_lens_multimodal.autointerp.prompts import GeneralPrompts
 from sae_lens_multimodal.autointerp.results import Verdict, read_verdicts
 from sae_lens_multimodal.autointerp.score import score
 from sae_lens_multimodal.autointerp.scorers import SCORERS
