@@ -60,6 +60,7 @@ def _explanation(one: Explanation, store: FeatureStore, assets: Assets) -> Expla
             CandidateView(
                 text=each.text,
                 validation=each.validation,
+                confirmation=each.confirmation,
                 count=each.n,
                 failed=each.n_failed,
                 round=each.round + 1,

@@ -19,6 +19,7 @@ _CANDIDATE = _struct(
     text=pa.string(),
     label=pa.string(),
     validation=pa.float64(),
+    confirmation=pa.float64(),
     n=pa.int32(),
     n_failed=pa.int32(),
     round=pa.int32(),

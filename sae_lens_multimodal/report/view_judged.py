@@ -25,7 +25,9 @@ class CandidateView:
 
     text: str
     validation: float | None
-    """Balanced accuracy on the validation split."""
+    """Balanced accuracy on what the choice was made by."""
+    confirmation: float | None
+    """The same on what it was not made by; of the one that was chosen."""
     count: int
     """Questions that it rests on."""
     failed: int

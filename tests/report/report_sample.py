@@ -173,7 +173,7 @@ def other_run(store: FeatureStore) -> Run:
     top, silent = store.examples(0, "top", "image"), store.examples(0, "silent", "image")
     region = find_regions(top[0])[0]
     weighed = [
-        Candidate(text="Red shapes.", label="red", validation=0.9, n=10, n_failed=1, round=1),
+        Candidate(text="Red shapes.", label="red", validation=0.9, confirmation=0.8, n=10, n_failed=1, round=1),
         Candidate(text=f"Shapes {EVIL}", label="", validation=0.4, n=5),
     ]
     found = [
