@@ -25,15 +25,16 @@ from sae_lens import SAE
 from trained import cached_sae
 
 from sae_lens_multimodal import FeatureStore, explain, harvest, load_model, score
-from sae_lens_multimodal.autointerp.contrastive import Contrastive
+from sae_lens_multimodal.autointerp.explainers.base import Procedure
+from sae_lens_multimodal.autointerp.explainers.contrastive import Contrastive
+from sae_lens_multimodal.autointerp.explainers.published import Published
+from sae_lens_multimodal.autointerp.explainers.words_first import WordsFirst
 from sae_lens_multimodal.autointerp.explanation import Explanation
 from sae_lens_multimodal.autointerp.judges import CachedJudge, TransformersJudge
 from sae_lens_multimodal.autointerp.metrics import Interval, balanced_accuracy, bootstrap_mean, spearman
 from sae_lens_multimodal.autointerp.negatives import decoder_neighbours
-from sae_lens_multimodal.autointerp.procedures import Procedure, Published
 from sae_lens_multimodal.autointerp.results import Score, Verdict, read_verdicts
 from sae_lens_multimodal.autointerp.scorers import Sampling
-from sae_lens_multimodal.autointerp.words_first import WordsFirst
 from sae_lens_multimodal.demo.naming import naming_shares
 from sae_lens_multimodal.files import read_json
 from sae_lens_multimodal.scenes import make_scene, model_folder, scene_rows, scenes_dataset

@@ -16,6 +16,11 @@ if TYPE_CHECKING:
     from sae_lens_multimodal.adapters.model import load_model as load_model
     from sae_lens_multimodal.autointerp.constraints import annotate_constraints as annotate_constraints
     from sae_lens_multimodal.autointerp.explain import explain as explain
+    from sae_lens_multimodal.autointerp.explainers.contrastive import Contrastive as Contrastive
+    from sae_lens_multimodal.autointerp.explainers.general import General as General
+    from sae_lens_multimodal.autointerp.explainers.joint import Joint as Joint
+    from sae_lens_multimodal.autointerp.explainers.published import Published as Published
+    from sae_lens_multimodal.autointerp.explainers.words_first import WordsFirst as WordsFirst
     from sae_lens_multimodal.autointerp.measure_summary import summarise_measures as summarise_measures
     from sae_lens_multimodal.autointerp.measures import measure as measure
     from sae_lens_multimodal.autointerp.score import score as score
@@ -104,6 +109,7 @@ _HOMES = {
     "ConstrainedQuestion": "hooks.constraints",
     "Constraint": "hooks.constraints",
     "ContinuationLogProbability": "hooks.metrics",
+    "Contrastive": "autointerp.explainers.contrastive",
     "Counterfactual": "hooks.trace_corruptions",
     "Edit": "editing.edit",
     "EditCases": "editing.measure",
@@ -111,15 +117,18 @@ _HOMES = {
     "EncodedBatch": "adapters.batch",
     "ExchangeRegions": "hooks.trace_corruptions",
     "FeatureStore": "features.store",
+    "General": "autointerp.explainers.general",
     "Head": "hooks.trace_parts",
     "HeldOut": "hooks.trace_findings",
     "ImageTokens": "hooks.places",
+    "Joint": "autointerp.explainers.joint",
     "LogitDifference": "hooks.metrics",
     "Modality": "types",
     "MultimodalSAERunnerConfig": "training.config",
     "MultimodalSAETrainingRunner": "training.runner",
     "Noise": "hooks.trace_corruptions",
     "OtherImage": "hooks.trace_corruptions",
+    "Published": "autointerp.explainers.published",
     "ReplaceTokens": "hooks.trace_corruptions",
     "SAEFeatures": "hooks.trace_parts",
     "Scale": "hooks.changes",
@@ -128,6 +137,7 @@ _HOMES = {
     "SteeringVector": "hooks.vectors",
     "TokenLayout": "adapters.layout",
     "VisionLanguageModel": "adapters.model",
+    "WordsFirst": "autointerp.explainers.words_first",
     "ablate_tokens": "hooks.trace_ablation",
     "annotate_constraints": "autointerp.constraints",
     "attention_contributions": "hooks.attention",

@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 
 from PIL import Image
 
-from sae_lens_multimodal.autointerp.judges.base import JudgeRequest
+from sae_lens_multimodal.autointerp.judges.base import FailureKind, JudgeFailure, JudgeRequest, Outcome
 from sae_lens_multimodal.autointerp.styles import RegionStyle
 
 
@@ -234,3 +234,14 @@ def short_label(text: str, n_words: int = 4) -> str:
     """
     words = text.rstrip(".").split()
     return " ".join(words) if len(words) <= n_words else " ".join(words[:n_words]) + " …"
+
+
+def read_answer(book: PromptBook, request: JudgeRequest, outcome: Outcome) -> bool | JudgeFailure:
+    """Read a judge's yes or no; a reply that is neither is a failure."""
+    if isinstance(outcome, JudgeFailure):
+        return outcome
+    answer = book.read_verdict(outcome.text)
+    if answer is not None:
+        return answer
+    message = f"The judge's reply is neither yes nor no: {outcome.text[:120]!r}."
+    return JudgeFailure.of(request, FailureKind.UNPARSABLE, message, outcome.text)

@@ -17,8 +17,7 @@ from sae_lens_multimodal.autointerp.explanation import MODALITIES, Explanation, 
 from sae_lens_multimodal.autointerp.general_prompts import GeneralPrompts
 from sae_lens_multimodal.autointerp.judges.base import Judge, JudgeFailure, JudgeRequest, Outcome
 from sae_lens_multimodal.autointerp.metrics import derangement
-from sae_lens_multimodal.autointerp.procedures import read_answer
-from sae_lens_multimodal.autointerp.prompts import PromptBook
+from sae_lens_multimodal.autointerp.prompts import PromptBook, read_answer
 from sae_lens_multimodal.autointerp.records import RecordFolder
 from sae_lens_multimodal.autointerp.repeats import check_unread
 from sae_lens_multimodal.autointerp.results import (

@@ -13,9 +13,9 @@ from sae_lens_multimodal.cli.options import parse_features
 from sae_lens_multimodal.errors import ConfigError
 
 if TYPE_CHECKING:
-    from sae_lens_multimodal.autointerp.contrastive import Contrastive
+    from sae_lens_multimodal.autointerp.explainers.base import Procedure
+    from sae_lens_multimodal.autointerp.explainers.contrastive import Contrastive
     from sae_lens_multimodal.autointerp.judges.base import Judge
-    from sae_lens_multimodal.autointerp.procedures import Procedure
     from sae_lens_multimodal.autointerp.prompts import PromptBook
     from sae_lens_multimodal.features.store import FeatureStore
 
@@ -27,8 +27,8 @@ CALIBRATION_FILE = "calibration.json"
 
 def explain(options: Namespace) -> None:
     """Have a VLM explain features."""
-    from sae_lens_multimodal.autointerp.contrastive import Contrastive
     from sae_lens_multimodal.autointerp.explain import explain as run
+    from sae_lens_multimodal.autointerp.explainers.contrastive import Contrastive
     from sae_lens_multimodal.features.store import FeatureStore
 
     store = FeatureStore.open(options.store)
@@ -97,11 +97,11 @@ def calibrate(options: Namespace) -> None:
 
 
 def _procedure(options: Namespace, store: FeatureStore) -> Procedure | None:
-    from sae_lens_multimodal.autointerp.contrastive import Contrastive
-    from sae_lens_multimodal.autointerp.joint import Joint
+    from sae_lens_multimodal.autointerp.explainers.contrastive import Contrastive
+    from sae_lens_multimodal.autointerp.explainers.joint import Joint
+    from sae_lens_multimodal.autointerp.explainers.published import Published
+    from sae_lens_multimodal.autointerp.explainers.words_first import WordsFirst
     from sae_lens_multimodal.autointerp.negatives import decoder_neighbours
-    from sae_lens_multimodal.autointerp.procedures import Published
-    from sae_lens_multimodal.autointerp.words_first import WordsFirst
 
     if options.sae is not None and options.procedure != "contrastive":
         raise ConfigError("--sae finds hard negatives for --procedure contrastive; the others need none.")

@@ -16,15 +16,16 @@ from PIL import Image
 from sae_lens import StandardSAE, StandardSAEConfig
 
 from sae_lens_multimodal.adapters.model import VisionLanguageModel
-from sae_lens_multimodal.autointerp.contrastive import Contrastive
 from sae_lens_multimodal.autointerp.embedding import tower_embedding
 from sae_lens_multimodal.autointerp.explain import explain
+from sae_lens_multimodal.autointerp.explainers.base import Procedure
+from sae_lens_multimodal.autointerp.explainers.contrastive import Contrastive
+from sae_lens_multimodal.autointerp.explainers.published import Published, base_view_mean, lit_picture
 from sae_lens_multimodal.autointerp.explanation import Explanation, Shown, read_explanations
 from sae_lens_multimodal.autointerp.general_prompts import GeneralPrompts
 from sae_lens_multimodal.autointerp.judges import FailureKind, JudgeFailure, JudgeRequest, ScriptedJudge
 from sae_lens_multimodal.autointerp.negatives import HardNegatives, decoder_neighbours
 from sae_lens_multimodal.autointerp.places import strongest_spots
-from sae_lens_multimodal.autointerp.procedures import Procedure, Published, base_view_mean, lit_picture
 from sae_lens_multimodal.autointerp.prompts import Meaning
 from sae_lens_multimodal.autointerp.regions import crop, find_regions
 from sae_lens_multimodal.autointerp.results import read_verdicts

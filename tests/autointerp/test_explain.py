@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import sae_lens_multimodal.autointerp.explain as explain_module
 from sae_lens_multimodal.autointerp.explain import explain
+from sae_lens_multimodal.autointerp.explainers import general
 from sae_lens_multimodal.autointerp.explanation import Explanation, read_explanations
 from sae_lens_multimodal.autointerp.general_prompts import GeneralPrompts
 from sae_lens_multimodal.autointerp.judges import FailureKind, JudgeFailure, JudgeRequest, ScriptedJudge
@@ -80,13 +80,11 @@ def test_examples_without_a_region_are_left_out(
     store: FeatureStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bare = store.examples(0, "top", "image")[0].prompt_id
-    monkeypatch.setattr(
-        explain_module, "find_regions", lambda e, **o: [] if e.prompt_id == bare else find_regions(e, **o)
-    )
+    monkeypatch.setattr(general, "find_regions", lambda e, **o: [] if e.prompt_id == bare else find_regions(e, **o))
     (found,) = run(store, ScriptedJudge(perfect), tmp_path / "out", features=[0])
     assert found.text == "red"
     assert bare not in found.prompt_ids
-    monkeypatch.setattr(explain_module, "find_regions", lambda *_, **__: [])
+    monkeypatch.setattr(general, "find_regions", lambda *_, **__: [])
     judge = ScriptedJudge([])
     assert run(store, judge, tmp_path / "none", features=[0]) == []
     assert read_explanations(tmp_path / "none") == [], "there is none yet, in a folder of explanations"

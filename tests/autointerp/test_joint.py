@@ -9,9 +9,9 @@ import pytest
 
 from sae_lens_multimodal.adapters.model import VisionLanguageModel
 from sae_lens_multimodal.autointerp.explain import explain
+from sae_lens_multimodal.autointerp.explainers.joint import LEAST_EXAMPLES, Joint, joint_examples
 from sae_lens_multimodal.autointerp.explanation import Explanation, read_explanations
 from sae_lens_multimodal.autointerp.general_prompts import GeneralPrompts
-from sae_lens_multimodal.autointerp.joint import LEAST_EXAMPLES, Joint, joint_examples
 from sae_lens_multimodal.autointerp.judges import JudgeRequest, ScriptedJudge
 from sae_lens_multimodal.autointerp.prompts import PromptBook
 from sae_lens_multimodal.autointerp.regions import find_regions

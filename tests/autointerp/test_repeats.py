@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sae_lens_multimodal.autointerp.contrastive import Contrastive
 from sae_lens_multimodal.autointerp.explain import explain
+from sae_lens_multimodal.autointerp.explainers.base import Procedure
+from sae_lens_multimodal.autointerp.explainers.contrastive import Contrastive
 from sae_lens_multimodal.autointerp.explanation import Explanation, Shown
 from sae_lens_multimodal.autointerp.general_prompts import GeneralPrompts
 from sae_lens_multimodal.autointerp.judges import ScriptedJudge
-from sae_lens_multimodal.autointerp.procedures import Procedure
 from sae_lens_multimodal.autointerp.repeats import ReadTexts, check_unread, say_the_same, words_of
 from sae_lens_multimodal.autointerp.results import read_verdicts
 from sae_lens_multimodal.autointerp.score import score

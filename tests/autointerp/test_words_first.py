@@ -12,13 +12,13 @@ from PIL import Image
 
 from sae_lens_multimodal.adapters.model import VisionLanguageModel
 from sae_lens_multimodal.autointerp.explain import explain
+from sae_lens_multimodal.autointerp.explainers.words import PictureTexts, own_word
+from sae_lens_multimodal.autointerp.explainers.words_first import OWN_WORD, PICTURE_TEXTS, WordsFirst
 from sae_lens_multimodal.autointerp.general_prompts import GeneralPrompts
 from sae_lens_multimodal.autointerp.judges import JudgeRequest, ScriptedJudge
 from sae_lens_multimodal.autointerp.results import read_verdicts
 from sae_lens_multimodal.autointerp.score import score
 from sae_lens_multimodal.autointerp.selection import used_and_left
-from sae_lens_multimodal.autointerp.words import PictureTexts, own_word
-from sae_lens_multimodal.autointerp.words_first import OWN_WORD, PICTURE_TEXTS, WordsFirst
 from sae_lens_multimodal.errors import ConfigError
 from sae_lens_multimodal.features.schema import Kind, ModalityName
 from sae_lens_multimodal.features.store import FeatureStore

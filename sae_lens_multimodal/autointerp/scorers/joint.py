@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from sae_lens_multimodal.autointerp.joint import joint_examples
+from sae_lens_multimodal.autointerp.explainers.joint import joint_examples
 from sae_lens_multimodal.autointerp.places import exchanged
 from sae_lens_multimodal.autointerp.repeats import ReadTexts
 from sae_lens_multimodal.autointerp.scorers.base import Item, Sampling, shuffled
@@ -23,7 +23,7 @@ class JointFuzzingScorer(FuzzingScorer):
     """Region and words of one prompt on which the feature fires, against a silent region and silent words of it.
 
     The regions are chosen as `fuzzing` chooses them, at one another's places. Only prompts count in which the feature
-    fires in both modalities, see `autointerp.joint`.
+    fires in both modalities, see `autointerp.explainers.joint`.
     """
 
     name: ClassVar[str] = "fuzzing_joint"

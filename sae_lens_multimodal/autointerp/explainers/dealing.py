@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from PIL import Image
 
+from sae_lens_multimodal.autointerp.explainers.base import Context
 from sae_lens_multimodal.autointerp.explanation import Shown
 from sae_lens_multimodal.autointerp.negatives import HardNegatives, Place
-from sae_lens_multimodal.autointerp.procedures import Context
 from sae_lens_multimodal.autointerp.regions import crop, find_regions, heat_of, show
 from sae_lens_multimodal.autointerp.repeats import ReadTexts, check_unread
 from sae_lens_multimodal.autointerp.scorers import Item

@@ -7,13 +7,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-from sae_lens_multimodal.autointerp.explain import General
+from sae_lens_multimodal.autointerp.explainers.base import Context, Procedure
+from sae_lens_multimodal.autointerp.explainers.general import General
+from sae_lens_multimodal.autointerp.explainers.words import FUNCTION_WORDS, own_word
 from sae_lens_multimodal.autointerp.explanation import Explanation, ModalityName, Shown
 from sae_lens_multimodal.autointerp.judges.base import Judge
-from sae_lens_multimodal.autointerp.procedures import Context, Procedure
 from sae_lens_multimodal.autointerp.selection import UsedAndLeft, distinct, taken, used_and_left
 from sae_lens_multimodal.autointerp.texts import marked_text
-from sae_lens_multimodal.autointerp.words import FUNCTION_WORDS, own_word
 from sae_lens_multimodal.errors import ConfigError
 
 if TYPE_CHECKING:

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from sae_lens_multimodal.autointerp.dealing import Dealer, Views
+from sae_lens_multimodal.autointerp.explainers.base import Context, Procedure, unparsable
+from sae_lens_multimodal.autointerp.explainers.dealing import Dealer, Views
 from sae_lens_multimodal.autointerp.explanation import Candidate, Explanation, ModalityName, Shown
 from sae_lens_multimodal.autointerp.judges.base import Judge, JudgeFailure, JudgeRequest
 from sae_lens_multimodal.autointerp.metrics import Failures, balanced_accuracy
 from sae_lens_multimodal.autointerp.negatives import HardNegatives
-from sae_lens_multimodal.autointerp.procedures import Context, Procedure, read_answer, unparsable
-from sae_lens_multimodal.autointerp.prompts import Meaning
+from sae_lens_multimodal.autointerp.prompts import Meaning, read_answer
 from sae_lens_multimodal.autointerp.scorers import FuzzingScorer, Item
 from sae_lens_multimodal.autointerp.selection import split_examples
 from sae_lens_multimodal.errors import ConfigError

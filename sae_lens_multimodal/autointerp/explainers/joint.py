@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
+from sae_lens_multimodal.autointerp.explainers.base import Context, Procedure, answered
 from sae_lens_multimodal.autointerp.explanation import Explanation, ModalityName, Shown
 from sae_lens_multimodal.autointerp.judges.base import Judge, JudgeRequest
 from sae_lens_multimodal.autointerp.places import Spot
-from sae_lens_multimodal.autointerp.procedures import Context, Procedure, answered
 from sae_lens_multimodal.autointerp.prompts import JointViews
 from sae_lens_multimodal.autointerp.regions import Region, find_regions, heat_of, show
 from sae_lens_multimodal.autointerp.repeats import ReadTexts
