@@ -1,11 +1,12 @@
-"""Doing work ahead of its consumer in threads, in order."""
+"""Work in threads beside the caller, in order: ahead of who uses it, or after who gave it."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, TypeVar, cast
+from types import TracebackType
+from typing import Any, Self, TypeVar, cast
 
 In = TypeVar("In")
 Out = TypeVar("Out")
@@ -61,3 +62,49 @@ def ordered_map(
 def _apply(function: Callable[[In], Out], item: Future[In]) -> Out:
     value: Any = item.result()
     return cast("Out", _END) if value is _END else function(value)
+
+
+class Aside:
+    """Does one task after the other in a thread beside the caller, who is at most one task ahead.
+
+    An exception of a task is raised when the next is given, or by `wait`; what comes after it is not begun.
+
+    Args:
+        threaded: Whether there is a thread; otherwise each task is done when it is given.
+
+    Example:
+        >>> done = []
+        >>> with Aside() as aside:
+        ...     for number in range(3):
+        ...         aside.do(done.append, number)
+        ...     aside.wait()
+        >>> done
+        [0, 1, 2]
+    """
+
+    def __init__(self, *, threaded: bool = True) -> None:
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="aside") if threaded else None
+        self._last: Future[Any] | None = None
+
+    def do(self, task: Callable[..., object], *arguments: object) -> None:
+        """Give a task, once the one before it is done."""
+        self.wait()
+        if self._pool is None:
+            task(*arguments)
+        else:
+            self._last = self._pool.submit(task, *arguments)
+
+    def wait(self) -> None:
+        """Return when everything is done that was given."""
+        last, self._last = self._last, None
+        if last is not None:
+            last.result()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(wait=True)

@@ -24,6 +24,7 @@ from sae_lens_multimodal.data.mixture import Mixture
 from sae_lens_multimodal.data.rows import SkipReport
 from sae_lens_multimodal.data.sources import Rows
 from sae_lens_multimodal.data.stream import Readable, open_dataset, read_prompts
+from sae_lens_multimodal.data.workers import Aside
 from sae_lens_multimodal.errors import ConfigError
 from sae_lens_multimodal.features.hashing import image_id, picture_key, sae_fingerprint
 from sae_lens_multimodal.features.histogram import histogram_edges
@@ -33,7 +34,7 @@ from sae_lens_multimodal.features.records import PromptRow, messages_json, promp
 from sae_lens_multimodal.features.schema import EXAMPLES, MODALITIES, SCHEMA_VERSION, STORE_KIND, StorePaths
 from sae_lens_multimodal.features.selection import ExampleSelection
 from sae_lens_multimodal.features.shelf import PromptShelf
-from sae_lens_multimodal.features.sparse import sparse_activations
+from sae_lens_multimodal.features.sparse import PromptMeasures, SparseActivations, sparse_activations
 from sae_lens_multimodal.features.state import HarvestState, Quotas, Rank
 from sae_lens_multimodal.features.store import FeatureStore
 from sae_lens_multimodal.features.tables import write_tables
@@ -86,7 +87,8 @@ def harvest(
       those in which it does not fire at all come first.
 
     Memory does not grow with the dataset (see `HarvestState` for the formula); the forward pass ends at the hook,
-    tokens are encoded a chunk at a time, and pictures are opened and prepared in threads ahead of the model.
+    tokens are encoded a chunk at a time; pictures are opened and prepared in threads ahead of the model, and what it
+    found is taken into the lists in a thread behind it.
     A killed pass goes on where its last checkpoint was and leaves the same store as an unbroken one (on a GPU up to the
     order in which it adds floating-point numbers).
 
@@ -110,8 +112,8 @@ def harvest(
             they are; `FeatureStore.open` then wants the dataset.
         near_bits: Pictures whose hashes differ in at most so many of 384 bits count as one; None for equal ones only.
         seed: For the random samples.
-        n_workers: Threads that open pictures, and as many that prepare them for the model; the store is the same
-            whatever their number. 0 to do it all between the batches.
+        n_workers: Threads that open pictures, and as many that prepare them for the model, beside one that takes in
+            what was found; the store is the same whatever their number. 0 to do it all between the batches.
         resume: Whether to go on with an unfinished harvest in `output`, or return a finished one.
         checkpoint_batches: Batches between checkpoints. The pictures of that many batches wait in memory.
         progress: Show a progress bar on stderr.
@@ -219,28 +221,35 @@ class _Pass:
         )
         total = limit if limit is not None else _length(rows)
         bar = tqdm(total=total, initial=before, unit="prompt", desc="harvest", disable=not show)
-        with bar, closing(batches):
+        with bar, closing(batches), Aside(threaded=n_workers > 0) as aside:
             for index, batch in enumerate(batches, start=1):
-                self._take(batch)
+                aside.do(self._remember, batch, *self._activations(batch))
                 position.next_row, position.n_read = batch.next_row, before + batch.n_read
                 bar.update(position.n_read - bar.n)
                 if index % checkpoint_batches == 0:
                     position.report = joined_report(earlier, report)
+                    aside.wait()
                     self._checkpoint()
+            aside.wait()
         position.report = joined_report(earlier, report)
         self._checkpoint()
         if report.skipped:
             logger.warning("%s", report.summary())
 
-    def _take(self, batch: PromptBatch) -> None:
-        """Read, encode and remember one batch."""
+    def _activations(self, batch: PromptBatch) -> tuple[SparseActivations, PromptMeasures]:
+        """Read and encode one batch."""
         layout, device = batch.batch.layout, self._state.features.device
         inputs = batch.batch.to(self._model.device)
         activations = read_activations(self._model, inputs, self._hook)[self._hook].to(device)
         n_features = len(self._state.features)
-        sparse, measures = sparse_activations(
+        return sparse_activations(
             self._encode, activations, layout.modality, n_features=n_features, features=self._chosen
         )
+
+    @torch.no_grad()
+    def _remember(self, batch: PromptBatch, sparse: SparseActivations, measures: PromptMeasures) -> None:
+        """Take one batch into the statistics and lists, while the model is at the next."""
+        layout, device = batch.batch.layout, self._state.features.device
         names = [[image_id(image) for image in images] for images in batch.batch.images]
         near = [near_names(self._near, *pair) for pair in zip(names, batch.batch.images, strict=True)]
         self._position.count_pictures(names, near, self._near.count)
