@@ -12,8 +12,9 @@ from tqdm import tqdm
 
 from sae_lens_multimodal.adapters.model import VisionLanguageModel
 from sae_lens_multimodal.editing.edit import DenseChange, Edit
+from sae_lens_multimodal.editing.prompts import Prompts, wanted_ids
 from sae_lens_multimodal.editing.tail import rewritten
-from sae_lens_multimodal.editing.value import Objective, Prompts, wanted_ids
+from sae_lens_multimodal.editing.value import Objective
 from sae_lens_multimodal.editing.weights import down_projection, fingerprint
 from sae_lens_multimodal.errors import ConfigError
 from sae_lens_multimodal.types import Conversation
@@ -65,8 +66,9 @@ def fine_tune(
     settings = settings or FineTuneSettings()
     settings.check()
     place = down_projection(model, layer)
-    about = Prompts.encode(model, prompts, -1, settings.batch_size)
-    objective = Objective(model, place, about, wanted_ids(model, target, end=settings.end), whole_layer=True)
+    ids = wanted_ids(model, target, end=settings.end)
+    about = Prompts.encode(model, prompts, -1, settings.batch_size).going_on_with(model, ids)
+    objective = Objective(model, place, about, whole_layer=True)
     weight = place.module.weight.detach()
     found, steps, probability = _descend(objective, place.module, settings, progress)
     change = DenseChange(
