@@ -48,7 +48,8 @@ def compute_edit(
     The value v* of the MLP's output at the constraint's last token is optimised until the target follows, over all
     prompts together; then `W' = W + (v* - W k) kᵀ / (λ + ‖k‖²)` with k the mean of the prompts' keys there (MultEdit,
     arXiv 2406.04236; after ROME, arXiv 2202.05262). With several layers, each takes an equal part of what then remains
-    (MEMIT, arXiv 2210.07229), the last one the whole rest.
+    (MEMIT, arXiv 2210.07229), the last one the whole rest. With `EditSettings.each_token` the target's own tokens are
+    further places, each with a value and an update of rank one.
 
     Args:
         model: The model.
@@ -56,8 +57,9 @@ def compute_edit(
         target: The answer to be taught, of one token or several.
         constraint: What of the prompt names the thing; one, or one for each prompt.
         layers: The layer whose MLP is edited, or several.
-        ordinary: For each layer keys that are to keep their values; see `ordinary_keys`.
-        essence: Prompts about the thing whose next token is to stay as it is.
+        ordinary: For each layer keys that are to keep their values; see `ordinary_keys`. Of several samples each counts
+            alike.
+        essence: Prompts about the thing or others whose answers are to stay as they are.
         essence_constraint: The constraint in those; by default the same, if it is one.
         settings: How far to go.
         progress: Show a bar.
@@ -72,18 +74,9 @@ def compute_edit(
     settings.check()
     kept = None if ordinary is None else {layer: _joined(some) for layer, some in ordinary.items()}
     places = _places(model, layers, kept)
-    ids = wanted_ids(model, target, end=settings.end)
-    n_places = len(ids) if settings.each_token else 1
-    about = Prompts.encode(model, prompts, constraint, settings.batch_size).going_on_with(model, ids, n_places=n_places)
+    about = _about(model, prompts, constraint, target, settings)
     others = _essence(model, essence, constraint if essence_constraint is None else essence_constraint, settings)
-    last = places[-1]
-    found = about.at_places(model, [last.key_hook, last.value_hook])
-    right = None
-    if settings.as_read and kept is not None and len(places) == 1:
-        keys, own = found[last.key_hook], found[last.value_hook]
-        right = torch.stack([one.right for one in _update(own.mean(0), keys, kept.get(last.layer), settings)])
-    objective = Objective(model, last, about, others, settings.essence_weight, right=right)
-    value = find_value(objective, found[last.value_hook], settings, progress=progress)
+    value = _value(model, places, about, others, kept, settings, progress)
     _warn_of_clamp(value, settings)
     changes, landed = _updates(model, places, about, value, kept or {}, settings)
     record = {
@@ -129,6 +122,18 @@ def _joined(keys: Keys) -> Tensor:
     return alike(some) if some else torch.zeros(0, 0)
 
 
+def _about(
+    model: VisionLanguageModel,
+    prompts: Sequence[Conversation],
+    constraint: Constraint | Sequence[Constraint],
+    target: str,
+    settings: EditSettings,
+) -> Continued:
+    ids = wanted_ids(model, target, end=settings.end)
+    n_places = len(ids) if settings.each_token else 1
+    return Prompts.encode(model, prompts, constraint, settings.batch_size).going_on_with(model, ids, n_places=n_places)
+
+
 def _essence(
     model: VisionLanguageModel,
     essence: Sequence[Conversation],
@@ -138,6 +143,26 @@ def _essence(
     if not essence:
         return None
     return Prompts.encode(model, essence, constraint, settings.batch_size).going_on(model, settings.essence_tokens)
+
+
+def _value(
+    model: VisionLanguageModel,
+    places: Sequence[DownProjection],
+    about: Continued,
+    others: Continued | None,
+    ordinary: Mapping[int, Tensor] | None,
+    settings: EditSettings,
+    progress: bool,
+) -> Value:
+    """Find the values at the last layer, as its update will write them if that is asked for."""
+    last = places[-1]
+    found = about.at_places(model, [last.key_hook, last.value_hook])
+    own, right = found[last.value_hook], None
+    if settings.as_read and ordinary is not None and len(places) == 1:
+        updates = _update(own.mean(0), found[last.key_hook], ordinary[last.layer], settings)
+        right = torch.stack([one.right for one in updates])
+    objective = Objective(model, last, about, others, settings.essence_weight, right=right)
+    return find_value(objective, own, settings, progress=progress)
 
 
 @torch.no_grad()

@@ -98,7 +98,9 @@ class Objective:
             whole += float(loss.detach())
             found.append(logs.detach())
         kept = self._essence
-        for tail, places, counted in zip(self._kept, kept.places, kept.counted, strict=True) if kept else ():
+        if kept is None:
+            return Slope(total, torch.cat(found), whole)
+        for tail, places, counted in zip(self._kept, kept.places, kept.counted, strict=True):
             with torch.enable_grad():
                 now, then = self._logits(tail, places, change).log_softmax(-1), tail.first.log_softmax(-1)
                 far = nn.functional.kl_div(now, then, log_target=True, reduction="none").sum(-1)
