@@ -5,7 +5,7 @@
 Questions about scenes, each with the same question about the other object as its corruption, and SAEs on the residual
 stream of three layers of the tiny model, trained here unless `--sae` gives some. The held-out pair of each is the same
 two questions about another scene with the same things elsewhere. Random sets are of as many other features active at
-the same token, each like a found one in weight.
+the same token, each like a found one in weight. Means are over the same kind of question about other scenes.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from sae_lens_multimodal.adapters.model import VisionLanguageModel
 from sae_lens_multimodal.errors import NoGapError
 from sae_lens_multimodal.hooks.trace_findings import Confirmation, TraceStory
 from sae_lens_multimodal.scenes import model_folder, scenes_dataset
-from sae_lens_multimodal.scenes.constraints import ConstraintCase, constraint_cases, twin
+from sae_lens_multimodal.scenes.constraints import FIRST_SEED, ConstraintCase, constraint_cases, twin
 
 LAYERS = (2, 3, 4)
 
@@ -61,7 +61,14 @@ def trained(model: VisionLanguageModel, layer: int, tokens: int) -> SAE[Any]:
         return SAE.load_from_disk(folder)
 
 
-def told(model: VisionLanguageModel, saes: list[SAE[Any]], case: ConstraintCase) -> TraceStory | None:
+def asked_for(case: ConstraintCase) -> str:
+    """What a question asks for: a shape or a texture."""
+    return next(one.text for one in case.clean.constraints if one.kind == "textual")
+
+
+def told(
+    model: VisionLanguageModel, saes: list[SAE[Any]], case: ConstraintCase, others: list[ConstraintCase]
+) -> TraceStory | None:
     """The features of one question, with a held-out pair; None where a pair has no gap."""
     picture = twin(case).image
     pair = []
@@ -72,6 +79,7 @@ def told(model: VisionLanguageModel, saes: list[SAE[Any]], case: ConstraintCase)
         return trace_features(
             model, saes, case.clean.conversation, case.counterfactual.conversation,
             answer=case.clean.answer, against=case.counterfactual.answer, held_out=[HeldOut(*pair)],
+            reference=[each.conversation for one in others for each in (one.clean, one.counterfactual)],
         )  # fmt: skip
     except NoGapError:
         return None
@@ -101,6 +109,17 @@ def table(stories: list[TraceStory]) -> list[str]:
         known = [one for one in stories if one.together.n_random or not field.endswith("random")]
         own, other = ([getattr(_of(one, at), field) for one in known] for at in (0, 1))
         lines.append(line(name, own, other, not field.endswith("random")))
+    at_means = {
+        "found": "lost where they are at their means",
+        "random": "lost where random sets are at their means",
+        "others": "lost where all of the SAE's features but them are",
+        "all_features": "lost where all of the SAE's features are",
+        "value": "lost where the whole value is at its mean",
+    }
+    for field, name in at_means.items():
+        pairs = [[getattr(_of(one, at).mean_ablated, field) for one in stories] for at in (0, 1)]
+        own, other = ([value for value in values if value is not None] for values in pairs)
+        lines.append(line(name, own, other, field != "random"))
     return lines
 
 
@@ -112,6 +131,7 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--questions", type=int, default=20)
+    parser.add_argument("--references", type=int, default=60, help="scenes for the means")
     parser.add_argument("--sae", type=Path, action="append", default=[], help="instead of training some")
     parser.add_argument("--training-tokens", type=int, default=200_000)
     options = parser.parse_args()
@@ -119,7 +139,9 @@ def main() -> None:
     saes = [SAE.load_from_disk(path) for path in options.sae]
     saes = saes or [trained(model, layer, options.training_tokens) for layer in LAYERS]
     cases = constraint_cases(options.questions)
-    stories = [story for story in (told(model, saes, case) for case in cases) if story is not None]
+    others = constraint_cases(options.references, first_seed=FIRST_SEED * 4)
+    found = [told(model, saes, one, [each for each in others if asked_for(each) == asked_for(one)]) for one in cases]
+    stories = [story for story in found if story is not None]
     print(f"{len(stories)} of {len(cases)} questions; the others had no gap in one of their pairs.")
     cells = Counter(f"{one.cell.part} {one.cell.layer} at {one.cell.label.strip()!r}" for one in stories)
     print("cells:", ", ".join(f"{name} ({count})" for name, count in cells.most_common()))

@@ -76,7 +76,8 @@ print([float(lens.heatmap(str(case.clean.answer), layer).max()) for layer in len
 # Joined up: the hottest cell that the SAE reads, leaving out the word that the corruption replaced; its features there,
 # with what they stand for (from `read_explanations`, after autointerp; here from the colours they are active on), and
 # whether ablating or exchanging them takes the answer away: also in another scene with the same things, which had no
-# part in choosing them.
+# part in choosing them. Put at their means over the same kind of question about other scenes they say nothing of any
+# answer, and leave the model where it usually is; the whole value at its mean is the most that can be lost there.
 explanations = {}
 for colour in {one.colour for one in case.scene.objects}:
     prompt = [{"role": "user", "content": [{"type": "text", "text": f"the {colour} thing"}]}]
@@ -91,6 +92,8 @@ pair = [
     [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": one.question}]}]
     for one in (case.clean, case.counterfactual)
 ]
+asked = case.clean.constraints[0].text
+reference = [one.clean.conversation for one in constraint_cases(80)[1:] if one.clean.constraints[0].text == asked]
 story = trace_features(
     model,
     sae,
@@ -100,6 +103,7 @@ story = trace_features(
     against=case.counterfactual.answer,
     explanations=explanations,
     held_out=[HeldOut(*pair)],
+    reference=reference,
 )
 print(story.cell, story.hottest)
 for one in story.features:
@@ -108,6 +112,7 @@ print("brought back:", story.together.restored, "of", story.restored_all)
 for found in (story.together, *story.held_out):
     print("lost where ablated:", found.ablated, "exchanged:", found.exchanged)
     print("random features of like weight:", found.ablated_random, found.exchanged_random)
+    print("at their means:", found.mean_ablated)
 
 # %%
 page = build_trace_report(

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from sae_lens_multimodal.adapters.model import load_model as load_model
     from sae_lens_multimodal.autointerp.constraints import annotate_constraints as annotate_constraints
     from sae_lens_multimodal.autointerp.explain import explain as explain
+    from sae_lens_multimodal.autointerp.measure_summary import summarise_measures as summarise_measures
+    from sae_lens_multimodal.autointerp.measures import measure as measure
     from sae_lens_multimodal.autointerp.score import score as score
     from sae_lens_multimodal.concepts.dictionary import ConceptDictionary as ConceptDictionary
     from sae_lens_multimodal.concepts.dictionary import find_concepts as find_concepts
@@ -80,6 +82,8 @@ if TYPE_CHECKING:
     from sae_lens_multimodal.report.build import build_report as build_report
     from sae_lens_multimodal.report.controls import build_control_report as build_control_report
     from sae_lens_multimodal.report.dose import build_dose_report as build_dose_report
+    from sae_lens_multimodal.report.neuronpedia import export_neuronpedia as export_neuronpedia
+    from sae_lens_multimodal.report.table import export_table as export_table
     from sae_lens_multimodal.report.trace import build_trace_report as build_trace_report
     from sae_lens_multimodal.training.cache import cache_activations as cache_activations
     from sae_lens_multimodal.training.config import MultimodalSAERunnerConfig as MultimodalSAERunnerConfig
@@ -142,6 +146,8 @@ _HOMES = {
     "evaluate": "training.evaluation",
     "evaluate_concepts": "concepts.evaluate",
     "explain": "autointerp.explain",
+    "export_neuronpedia": "report.neuronpedia",
+    "export_table": "report.table",
     "find_concepts": "concepts.dictionary",
     "find_controls": "hooks.controls",
     "fine_tune": "editing.fine_tune",
@@ -154,6 +160,7 @@ _HOMES = {
     "load_published_sae": "training.published",
     "load_sae": "hooks.load_sae",
     "logit_lens": "hooks.lens",
+    "measure": "autointerp.measures",
     "measure_edit": "editing.measure",
     "ordinary_keys": "editing.keys",
     "read_activations": "hooks.read",
@@ -166,6 +173,7 @@ _HOMES = {
     "score": "autointerp.score",
     "steer": "hooks.steer",
     "steering_vector": "hooks.vectors",
+    "summarise_measures": "autointerp.measure_summary",
     "trace_features": "hooks.trace_story",
 }
 

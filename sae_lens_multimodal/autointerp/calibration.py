@@ -9,9 +9,19 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 import numpy as np
 from PIL import Image, ImageDraw
 
+from sae_lens_multimodal.autointerp.confidence import probability_of_yes
 from sae_lens_multimodal.autointerp.drawing import mark, show
-from sae_lens_multimodal.autointerp.judges.base import Judge, JudgeFailure, JudgeRequest
-from sae_lens_multimodal.autointerp.metrics import CHANCE, Interval, Rates, balanced_accuracy, bootstrap_mean, rates
+from sae_lens_multimodal.autointerp.judges.base import Judge, JudgeFailure, JudgeReply, JudgeRequest, Outcome
+from sae_lens_multimodal.autointerp.judges.log_probabilities import MOST_TOP
+from sae_lens_multimodal.autointerp.metrics import (
+    CHANCE,
+    Interval,
+    Rates,
+    balanced_accuracy,
+    bootstrap_mean,
+    expected_calibration_error,
+    rates,
+)
 from sae_lens_multimodal.errors import ConfigError
 from sae_lens_multimodal.types import Box
 
@@ -23,8 +33,11 @@ Condition: TypeAlias = Literal["region", "picture", "black", "swapped", "blank b
 CONDITIONS: tuple[Condition, ...] = ("region", "picture", "black", "swapped", "blank box")
 CONTROLS: tuple[Condition, ...] = ("black", "swapped", "blank box")
 """Without what the question is about, a judge that looks cannot do better than chance."""
+Confidence: TypeAlias = Literal["probabilities", "crops"]
 CLOSER = (1.0, 0.5, 2.0)
 """Margins around a region, as shares of the usual one: a judge that is sure says the same of all."""
+AS_IT_IS = "margin 1"
+"""The variant with the usual margin."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +111,7 @@ class Calibration:
     n_features: int
     conditions: tuple[ConditionResult, ...]
     calibration_error: float | None
-    """`expected_calibration_error` of the share of yes over slightly different crops."""
+    """`expected_calibration_error` of the judge's confidence."""
     flip_rate: float | None
     """Share of verdicts that another order of the offered answers turns round; None where the book offers none."""
     explanation_flip_rate: float | None
@@ -107,6 +120,9 @@ class Calibration:
     """Share of planted features whose explanation has all words of the concept; failures count as wrong."""
     n_not_asked: int
     """Questions that the book has no words for."""
+    confidence: Confidence = "crops"
+    """What was taken for the judge's confidence: the probabilities that it gives yes and no where it gives any, else
+    the share of yes over slightly different crops."""
     answers: Mapping[str, bool | None] = field(default_factory=dict, repr=False)
     """Every answer by its question, to compare judges with `agreement`."""
 
@@ -133,7 +149,8 @@ def calibrate(
     and as whole pictures (`picture`). Three controls take away what the question is about: `black` pictures, the
     region of another planted feature that has neither (`swapped`), and the picture with the box painted over, all
     else left as it was, and the box marked (`blank box`). Further: the same crops a little wider and narrower, the
-    offered answers in another order, and explanations of the same regions in another order.
+    offered answers in another order, and explanations of the same regions in another order. A judge that may give
+    log-probabilities is asked for those of the regions as they are.
 
     Args:
         judge: whom to calibrate. Put a `CachedJudge` around it, and what was answered costs nothing again.
@@ -149,19 +166,21 @@ def calibrate(
     if len({one.concept for one in planted}) < 2 or not all(one.regions for one in planted):
         raise ConfigError(f"{len(planted)} planted features; expected two concepts or more, each with a region.")
     asker = _Asker(planted, book, np.random.default_rng(seed))
-    asked = [(key, request) for key, request in asker.questions() if request is not None]
+    asked = [(key, _with_confidence(judge, key, one)) for key, one in asker.questions() if one is not None]
     outcomes = judge.ask_all([request for _, request in asked], progress=progress)
     answers = {
         key: None if isinstance(outcome, JudgeFailure) else book.read_verdict(outcome.text)
         for (key, _), outcome in zip(asked, outcomes, strict=True)
     }
+    sure = _own_confidences([key for key, _ in asked], outcomes, answers)
     explained = _explanations(judge, planted, book, progress=progress)
     return Calibration(
         judge=judge.id,
         prompts=book.version,
         n_features=len(planted),
         conditions=tuple(_condition(name, answers, seed) for name in CONDITIONS),
-        calibration_error=_calibration_error(answers),
+        calibration_error=_calibration_error(sure or _shares_of_yes(answers)),
+        confidence="probabilities" if sure else "crops",
         flip_rate=_flip_rate(answers),
         explanation_flip_rate=_share(
             [one != other for one, other in explained if one is not None and other is not None]
@@ -260,7 +279,7 @@ def _has_words(text: str | None, concept: str) -> bool:
 
 
 def _condition(name: Condition, answers: Mapping[_Asked, bool | None], seed: int) -> ConditionResult:
-    mine = {key: answer for key, answer in answers.items() if key.condition == name and key.variant in ("", "margin 1")}
+    mine = {key: answer for key, answer in answers.items() if key.condition == name and key.variant in ("", AS_IT_IS)}
     found: Rates = rates([key.truth for key in mine], list(mine.values()))
     by_feature = [[key for key in mine if key.feature == feature] for feature in sorted({key.feature for key in mine})]
 
@@ -283,43 +302,46 @@ def _condition(name: Condition, answers: Mapping[_Asked, bool | None], seed: int
     )
 
 
-def _calibration_error(answers: Mapping[_Asked, bool | None]) -> float | None:
+def _with_confidence(judge: Judge, key: _Asked, request: JudgeRequest) -> JudgeRequest:
+    """Ask for log-probabilities, too, where they are looked at."""
+    wanted = judge.gives_log_probabilities and key.condition == "region" and key.variant == AS_IT_IS
+    return replace(request, top_log_probabilities=MOST_TOP) if wanted else request
+
+
+def _own_confidences(
+    keys: Sequence[_Asked], outcomes: Sequence[Outcome], answers: Mapping[_Asked, bool | None]
+) -> list[tuple[float, bool]]:
+    """Collect how sure the judge says that it is of yes, and whether yes is right; none where it does not say so."""
+    found = []
+    for key, outcome in zip(keys, outcomes, strict=True):
+        if answers[key] is not None and isinstance(outcome, JudgeReply):
+            yes = probability_of_yes(outcome.log_probabilities)
+            found += [] if yes is None else [(yes, key.truth)]
+    return found
+
+
+def _shares_of_yes(answers: Mapping[_Asked, bool | None]) -> list[tuple[float, bool]]:
     """Take the share of yes over slightly different crops for the judge's confidence."""
     groups: dict[tuple[int, int, bool], list[bool]] = {}
     for key, answer in answers.items():
         if key.condition == "region" and key.variant.startswith("margin") and answer is not None:
             groups.setdefault((key.feature, key.region, key.truth), []).append(answer)
-    confidences = [sum(said) / len(said) for said in groups.values()]
-    return expected_calibration_error(confidences, [truth for _, _, truth in groups]) if groups else None
+    return [(sum(said) / len(said), truth) for (_, _, truth), said in groups.items()]
+
+
+def _calibration_error(confidences: Sequence[tuple[float, bool]]) -> float | None:
+    if not confidences:
+        return None
+    return expected_calibration_error([sure for sure, _ in confidences], [truth for _, truth in confidences])
 
 
 def _flip_rate(answers: Mapping[_Asked, bool | None]) -> float | None:
     flips = []
     for key, answer in answers.items():
-        before = answers.get(key._replace(variant="margin 1"))
+        before = answers.get(key._replace(variant=AS_IT_IS))
         if key.variant == "reordered" and answer is not None and before is not None:
             flips.append(answer != before)
     return _share(flips)
-
-
-def expected_calibration_error(confidences: Sequence[float], truths: Sequence[bool], *, n_bins: int = 10) -> float:
-    """Mean distance of confidence and frequency over equal bins, weighted by their size (Guo et al. 2017).
-
-    Args:
-        confidences: how sure the judge is that the answer is yes, from 0 to 1.
-        truths: whether it is.
-        n_bins: of confidence.
-
-    Example:
-        >>> round(expected_calibration_error([1.0, 1.0, 0.0, 0.0], [True, False, False, False]), 6)
-        0.25
-    """
-    sure, right = np.asarray(confidences, dtype=np.float64), np.asarray(truths, dtype=np.float64)
-    bins = np.minimum((sure * n_bins).astype(int), n_bins - 1)
-    gaps = [
-        abs(sure[bins == one].mean() - right[bins == one].mean()) * (bins == one).mean() for one in set(bins.tolist())
-    ]
-    return float(sum(gaps))
 
 
 def agreement(left: Mapping[str, bool | None], right: Mapping[str, bool | None]) -> float | None:
@@ -346,38 +368,5 @@ def agreement(left: Mapping[str, bool | None], right: Mapping[str, bool | None])
     return 1.0 if chance == 1 else (same - chance) / (1 - chance)
 
 
-def calibration_lines(found: Calibration) -> list[str]:
-    """Write a calibration as a Markdown table and a few lines."""
-    lines = [
-        f"judge {found.judge}, {found.n_features} planted features, prompts {found.prompts}",
-        "",
-        "| asked about | yes where right | yes where wrong | yes in all | balanced accuracy | strict | failed |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for one in found.conditions:
-        title = f"{one.condition} (should be at chance)" if one.condition in CONTROLS else one.condition
-        cells = [title, *map(_number, (one.tpr, one.fpr, one.yes_rate)), _interval(one.balanced_accuracy)]
-        cells += [_interval(one.balanced_accuracy_strict), f"{one.n_failed} of {one.n}"]
-        lines.append(f"| {' | '.join(cells)} |")
-    lines += [
-        "",
-        f"expected calibration error {_number(found.calibration_error)}, verdicts flipped by another order of the "
-        f"answers {_number(found.flip_rate)}, explanations changed by another order of the regions "
-        f"{_number(found.explanation_flip_rate)}, planted features explained right {_number(found.explained_right)}",
-    ]
-    above = [one.condition for one in found.conditions if one.condition in CONTROLS and one.is_at_chance is False]
-    if above:
-        lines.append(f"NOT at chance without the picture: {', '.join(above)}; do not trust this judge's scores.")
-    return lines
-
-
 def _share(flags: Sequence[bool]) -> float | None:
     return sum(flags) / len(flags) if flags else None
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
-
-
-def _interval(found: Interval | None) -> str:
-    return "-" if found is None else f"{found.mean:.2f} ({found.low:.2f} to {found.high:.2f})"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -13,6 +13,7 @@ from sae_lens_multimodal.autointerp.explanation import Shown
 from sae_lens_multimodal.autointerp.negatives import HardNegatives, Place
 from sae_lens_multimodal.autointerp.procedures import Context
 from sae_lens_multimodal.autointerp.regions import crop, find_regions, heat_of, show
+from sae_lens_multimodal.autointerp.repeats import ReadTexts, check_unread
 from sae_lens_multimodal.autointerp.scorers import Item
 from sae_lens_multimodal.autointerp.selection import Split
 from sae_lens_multimodal.autointerp.texts import marked_text, plain_text, wrongly_marked
@@ -88,13 +89,17 @@ class Dealer:
             views=tuple(show(example.images[region.image], region, style)),
         )
 
+    def text_of(self, example: Example) -> str | None:
+        """Write the strongest stretch of an example's text with its marks; None where it fires on no text."""
+        text = marked_text(example, context=self.context.context, threshold=self.context.threshold)
+        return None if text is None else self.context.book.mark(text.tokens, text.marked)
+
     def shown_texts(self, split: Split) -> tuple[list[Views], list[Views]]:
         """Show each firing example's strongest stretch with its marks, and silent stretches."""
         active, quiet = [], []
         for example in split.explain:
-            text = marked_text(example, context=self.context.context, threshold=self.context.threshold)
-            if text is not None:
-                written = self.context.book.mark(text.tokens, text.marked)
+            written = self.text_of(example)
+            if written is not None:
                 active.append(Views([], written, Shown(prompt_id=example.prompt_id, active=True, text=written)))
         for example in split.explain_silent:
             text = plain_text(example, self.rng, context=self.context.context)
@@ -103,27 +108,34 @@ class Dealer:
                 quiet.append(Views([], written, Shown(prompt_id=example.prompt_id, active=False, text=written)))
         return active, quiet
 
-    def text_items(self, split: Split) -> list[Item]:
-        """Make right marks, and wrong ones: of the same texts and of silent texts in turn."""
+    def text_items(self, split: Split, shown: Collection[Views]) -> list[Item]:
+        """Make right marks, and wrong ones: of the same texts and of silent texts in turn.
+
+        Args:
+            split: the feature's examples.
+            shown: what the explainer sees; no item says the same, nor what another one says.
+        """
         book, context = self.context.book, self.context
+        read = ReadTexts(one.text for one in shown)
         right, same, other = [], [], []
         for example in split.validate.firing:
             text = marked_text(example, context=context.context, threshold=context.threshold)
-            if text is None:
-                continue
-            right.append(self._text_item(example, book.mark(text.tokens, text.marked), truth=True))
-            wrong = wrongly_marked(text, self.rng, markable=book.markable)
-            if wrong is not None:
-                same.append(self._text_item(example, book.mark(wrong.tokens, wrong.marked), truth=False))
+            wrong = None if text is None else wrongly_marked(text, self.rng, markable=book.markable)
+            written = [book.mark(one.tokens, one.marked) for one in (text, wrong) if one is not None]
+            if written and read.take(*written):
+                right.append(self._text_item(example, written[0], truth=True))
+                same += [self._text_item(example, one, truth=False) for one in written[1:]]
         for example in split.validate.silent:
             plain = plain_text(example, self.rng, context=context.context)
             one_mark = None if plain is None else replace(plain, marked=(True, *plain.marked[1:]))
             wrong = None if one_mark is None else wrongly_marked(one_mark, self.rng, markable=book.markable)
-            if wrong is not None:
-                other.append(self._text_item(example, book.mark(wrong.tokens, wrong.marked), truth=False))
+            if wrong is not None and read.take(written_wrong := book.mark(wrong.tokens, wrong.marked)):
+                other.append(self._text_item(example, written_wrong, truth=False))
         n_same = max(len(right) - len(other), (len(right) + 1) // 2)
-        wrongs = [*same[:n_same], *other][: len(right)]
-        return _alternated(right, wrongs)
+        items = _alternated(right, [*same[:n_same], *other][: len(right)])
+        texts = [(item.prompt_id, item.text or "") for item in items]
+        check_unread(self.feature, texts, read=[one.text for one in shown])
+        return items
 
     def _text_item(self, example: Example, text: str, *, truth: bool) -> Item:
         ids = tuple(example.image_ids)
@@ -131,8 +143,8 @@ class Dealer:
 
 
 def _alternated(right: Sequence[Item], wrong: Sequence[Item]) -> list[Item]:
-    """Put two kinds of items in pairs that take turns, so that every other item is of both kinds; none without both."""
-    if not right or not wrong:
+    """Put two kinds of items in pairs that take turns, so that every other item is of both kinds; none without that."""
+    if min(len(right), len(wrong)) < 2:
         return []
     pairs = [
         list(kind[start : start + 2]) for start in range(0, max(len(right), len(wrong)), 2) for kind in (right, wrong)

@@ -1,4 +1,4 @@
-"""Drawing regions: cut out, dimmed around, outlined, and as a heat map."""
+"""Drawing regions: cut out, dimmed around, outlined, side by side with their picture, and as a heat map."""
 
 from __future__ import annotations
 
@@ -15,6 +15,9 @@ from sae_lens_multimodal.types import Box
 
 OUTLINE_COLOURS = ((255, 255, 255), (0, 0, 0))
 """Outer and inner line: one of them stands out on any ground."""
+
+GROUND = (128, 128, 128)
+"""What lies around a cut-out that is lower than the picture beside it."""
 
 _CIVIDIS = np.array(
     [
@@ -64,12 +67,18 @@ def crop(picture: Image.Image, region: HasBox, style: RegionStyle) -> Image.Imag
     Raises:
         SelectionError: the region lies outside of the picture.
     """
-    cut = picture.crop(shown_box(region, picture.size, style))
-    shorter = min(cut.size)
-    if shorter >= style.min_side_pixels:
-        return cut
-    scale = style.min_side_pixels / shorter
-    return cut.resize((round(cut.width * scale), round(cut.height * scale)), Image.Resampling.BICUBIC)
+    return enlarged(picture.crop(shown_box(region, picture.size, style)), style.min_side_pixels)
+
+
+def enlarged(image: Image.Image, min_side_pixels: int) -> Image.Image:
+    """Enlarge an image if its shorter side is shorter than that."""
+    scale = min_side_pixels / min(image.size)
+    return image if scale <= 1 else _scaled(image, scale)
+
+
+def _scaled(image: Image.Image, scale: float) -> Image.Image:
+    size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
+    return image.resize(size, Image.Resampling.BICUBIC)
 
 
 def dim(picture: Image.Image, region: HasBox, style: RegionStyle) -> Image.Image:
@@ -98,10 +107,22 @@ def mark(picture: Image.Image, region: HasBox, style: RegionStyle) -> Image.Imag
     return outline(dim(picture, region, style), region, style)
 
 
+def side_by_side(picture: Image.Image, region: HasBox, style: RegionStyle) -> Image.Image:
+    """Show the whole picture with a region outlined, and the region cut out beside it as large as fits: one image."""
+    whole = outline(picture, region, style).convert("RGB")
+    cut = picture.convert("RGB").crop(shown_box(region, picture.size, style))
+    cut = _scaled(cut, min(whole.width / cut.width, whole.height / cut.height))
+    gap = max(2, round(whole.width / 50))
+    both = Image.new("RGB", (whole.width + gap + cut.width, whole.height), GROUND)
+    both.paste(whole, (0, 0))
+    both.paste(cut, (whole.width + gap, (whole.height - cut.height) // 2))
+    return enlarged(both, style.min_side_pixels)
+
+
 def show(
     picture: Image.Image, region: HasBox, style: RegionStyle, *, heat: Float[np.ndarray, "h w"] | None = None
 ) -> list[Image.Image]:
-    """Show a region as the style says: one view, or the crop and then the marked picture.
+    """Show a region as the style says: one image, or for `both` the crop and then the marked picture.
 
     Args:
         picture: the whole picture.
@@ -116,8 +137,18 @@ def show(
         if heat is None:
             raise SelectionError("the view 'heat' got no heat map; give one, or choose another view.")
         return [heat_overlay(picture, heat)]
-    views = {"crop": (crop,), "marked": (mark,), "both": (crop, mark)}
-    return [draw(picture, region, style) for draw in views[style.view]]
+    return [draw(picture, region, style) for draw in _DRAWN[style.view]]
+
+
+_DRAWN = {
+    "crop": (crop,),
+    "outlined": (outline,),
+    "dimmed": (dim,),
+    "marked": (mark,),
+    "both": (crop, mark),
+    "side_by_side": (side_by_side,),
+}
+"""What each view but the heat map consists of."""
 
 
 def colours(values: Float[np.ndarray, "h w"]) -> UInt8[np.ndarray, "h w 3"]:

@@ -19,9 +19,10 @@ from sae_lens_multimodal.autointerp.explanation import (
     ModalityName,
     Shown,
 )
+from sae_lens_multimodal.autointerp.general_prompts import GeneralPrompts
 from sae_lens_multimodal.autointerp.judges.base import TRANSIENT, Judge, JudgeRequest
 from sae_lens_multimodal.autointerp.procedures import Context, Procedure, answered
-from sae_lens_multimodal.autointerp.prompts import GeneralPrompts, PromptBook
+from sae_lens_multimodal.autointerp.prompts import PromptBook
 from sae_lens_multimodal.autointerp.records import RecordFolder
 from sae_lens_multimodal.autointerp.regions import crop, find_regions, heat_of, show, silent_region
 from sae_lens_multimodal.autointerp.selection import choose_modality, shown_to_explainer, silent_for_explainer
@@ -113,6 +114,8 @@ def explain(
     }
     if procedure is not None:
         settings["procedure"] = procedure.settings()
+        # hard negatives come from the descriptions
+        settings["described"] = store.descriptions is not None
     folder = RecordFolder(output, kind=KIND, schema_version=SCHEMA_VERSION, settings=settings)
     wanted = _wanted(store, store.features if features is None else features, modality)
     known = _known(folder, retry_failed=retry_failed)

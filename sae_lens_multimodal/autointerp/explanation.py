@@ -50,12 +50,15 @@ class Shown:
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """One of several explanations that were weighed, and how it did on the validation split."""
+    """One of several explanations that were weighed, and how it did on the two halves of the validation split."""
 
     text: str
     label: str
     validation: float | None
-    """Balanced accuracy on the validation split, failures counted as wrong; None where there was nothing to ask."""
+    """Balanced accuracy on the items to choose by, failures counted as wrong; None where there was nothing to ask. Of
+    the candidate that was chosen it is too high: that is why it was chosen."""
+    confirmation: float | None = None
+    """The same on items that nothing was chosen by; only of the candidate that was chosen."""
     n: int = 0
     """Items asked about."""
     n_failed: int = 0
@@ -98,9 +101,14 @@ class Explanation:
         return tuple(sorted({one.prompt_id for one in (*self.shown, *self.validated_on)}))
 
     @property
+    def texts(self) -> tuple[str, ...]:
+        """The texts that the explainer saw or the choice was made on, with their marks: scores need others."""
+        return tuple(one.text for one in (*self.shown, *self.validated_on) if one.text)
+
+    @property
     def validation(self) -> float | None:
-        """Balanced accuracy of the explanation that was kept, on the validation split; None where there was none."""
-        return next((one.validation for one in self.candidates if one.text == self.text), None)
+        """Balanced accuracy of the explanation that was kept, on items that it was not chosen by; None without any."""
+        return next((one.confirmation for one in self.candidates if one.text == self.text), None)
 
     @property
     def digest(self) -> str:

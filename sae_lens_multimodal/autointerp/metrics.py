@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple, TypeAlias
 
 import numpy as np
-from jaxtyping import Float64
+from jaxtyping import Float, Float64
 
 Failures: TypeAlias = Literal["missing", "wrong"]
 """Whether a question without a usable answer is left out, or counts as answered wrongly."""
@@ -126,6 +126,37 @@ def _ranks(values: Sequence[float]) -> Float64[np.ndarray, "n"]:
     _, place, count = np.unique(np.asarray(values, dtype=np.float64), return_inverse=True, return_counts=True)
     last = count.cumsum()
     return np.asarray((last - (count - 1) / 2)[place])
+
+
+def auroc(above: Float[np.ndarray, "n"], below: Float[np.ndarray, "m"]) -> float:
+    """Chance that a value of the first is greater than one of the second; equal ones count half (Mann-Whitney).
+
+    Example:
+        >>> auroc(np.array([0.9, 0.5]), np.array([0.1, 0.5]))
+        0.875
+    """
+    difference = above[:, None] - below[None, :]
+    return float((difference > 0).mean() + 0.5 * (difference == 0).mean())
+
+
+def expected_calibration_error(confidences: Sequence[float], truths: Sequence[bool], *, n_bins: int = 10) -> float:
+    """Mean distance of confidence and frequency over equal bins, weighted by their size (Guo et al. 2017).
+
+    Args:
+        confidences: how sure the judge is that the answer is yes, from 0 to 1.
+        truths: whether it is.
+        n_bins: of confidence.
+
+    Example:
+        >>> round(expected_calibration_error([1.0, 1.0, 0.0, 0.0], [True, False, False, False]), 6)
+        0.25
+    """
+    sure, right = np.asarray(confidences, dtype=np.float64), np.asarray(truths, dtype=np.float64)
+    bins = np.minimum((sure * n_bins).astype(int), n_bins - 1)
+    gaps = [
+        abs(sure[bins == one].mean() - right[bins == one].mean()) * (bins == one).mean() for one in set(bins.tolist())
+    ]
+    return float(sum(gaps))
 
 
 def derangement(texts: Sequence[str], *, seed: int) -> list[int | None]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 
+from sae_lens_multimodal.autointerp.places import Spot, as_large_in, exchanged, strongest_spots
 from sae_lens_multimodal.autointerp.regions import Region, crop, find_regions, silent_region
 from sae_lens_multimodal.errors import FeatureError
 from sae_lens_multimodal.features.neighbours import nearest_directions
@@ -46,7 +46,8 @@ class HardNegatives:
         threshold: share of an example's strongest activation from which on a patch belongs to a region.
         neighbours: of each feature the features with the nearest decoder directions, nearest first, as
             `decoder_neighbours` gives them; None for those of the store, if its features were described.
-        embed: what makes pictures comparable; without it regions with much detail are taken.
+        embed: what makes pictures comparable. None: the model's own vision tower, as far as the store knows what that
+            makes of its pictures (`describe_features`); without that regions with much detail are taken.
     """
 
     def __init__(
@@ -82,7 +83,7 @@ class HardNegatives:
             style: how they will be shown: their margins are silent, too.
             rng: source of the choices.
         """
-        pairs = [(one, regions[0]) for one in firing if (regions := find_regions(one, threshold=self.threshold))]
+        pairs = list(strongest_spots(firing, threshold=self.threshold))
         kinds = [
             self._of_same_pictures(pairs, style, rng),
             self._of_neighbours(feature, firing, silent),
@@ -90,14 +91,19 @@ class HardNegatives:
         ]
         return in_turn(kinds, count)
 
-    def _of_same_pictures(
-        self, pairs: Sequence[tuple[Example, Region]], style: RegionStyle, rng: np.random.Generator
-    ) -> list[Place]:
+    def _of_same_pictures(self, pairs: Sequence[Spot], style: RegionStyle, rng: np.random.Generator) -> list[Place]:
+        """Take silent regions where others of these regions lie; anywhere, where there is none."""
+        placed = {
+            spot.example.prompt_id: region
+            for spot, region in exchanged(pairs, len(pairs), margin_pixels=style.margin_pixels)
+        }
         found = []
         for example, region in pairs:
-            other = silent_region(example, region, rng, margin_pixels=style.margin_pixels)
-            if other is not None:
-                found.append(Place(example, other, "same picture"))
+            chosen = placed.get(example.prompt_id) or silent_region(
+                example, region, rng, margin_pixels=style.margin_pixels
+            )
+            if chosen is not None:
+                found.append(Place(example, chosen, "same picture"))
         return found
 
     def _of_neighbours(self, feature: int, firing: Sequence[Example], silent: Sequence[Example]) -> list[Place]:
@@ -106,8 +112,10 @@ class HardNegatives:
         for other in self._neighbours_of(feature):
             for example in self._firing_examples(other):
                 mine = own.get(example.prompt_id)
+                if mine is None:
+                    continue
                 region = next(iter(find_regions(example, threshold=self.threshold)), None)
-                if mine is not None and region is not None and _is_silent(mine, region):
+                if region is not None and _is_silent(mine, region):
                     found.append(Place(example, region, "neighbour"))
                     del own[example.prompt_id]
         return found
@@ -126,39 +134,46 @@ class HardNegatives:
 
     def _similar(
         self,
-        pairs: Sequence[tuple[Example, Region]],
+        pairs: Sequence[Spot],
         silent: Sequence[Example],
         style: RegionStyle,
         rng: np.random.Generator,
     ) -> list[Place]:
         if not pairs:
             return []
+        comparable = self.embed is not None or self.store.picture_vectors is not None
         places = []
         for number, example in enumerate(one for one in silent if one.images):
-            like = replace(pairs[number % len(pairs)][1], image=int(rng.integers(len(example.images))))
-            tries = TRIED_REGIONS if self.embed is not None else 1
-            drawn = (silent_region(example, like, rng, margin_pixels=style.margin_pixels) for _ in range(tries))
+            like = as_large_in(example, int(rng.integers(len(example.images))), pairs[number % len(pairs)])
+            tries = 0 if like is None else TRIED_REGIONS if comparable else 1
+            drawn = (silent_region(example, like, rng, margin_pixels=style.margin_pixels) for _ in range(tries) if like)
             places.append([Place(example, region, "similar") for region in drawn if region is not None])
-        if self.embed is None:
-            return [group[0] for group in places if group]
-        return self._nearest(self.embed, pairs, [group for group in places if group], style)
+        groups = [group for group in places if group]
+        return self._nearest(pairs, groups, style) if comparable else [group[0] for group in groups]
 
-    def _nearest(
-        self,
-        embed: Embed,
-        pairs: Sequence[tuple[Example, Region]],
-        groups: Sequence[Sequence[Place]],
-        style: RegionStyle,
-    ) -> list[Place]:
+    def _nearest(self, pairs: Sequence[Spot], groups: Sequence[Sequence[Place]], style: RegionStyle) -> list[Place]:
         """Take of every picture the region nearest to where the feature fires, the nearest of all first."""
         flat = [place for group in groups for place in group]
         if not flat:
             return []
-        where = _unit(embed([crop(one.images[region.image], region, style) for one, region in pairs])).mean(axis=0)
-        candidates = embed([crop(place.example.images[place.region.image], place.region, style) for place in flat])
+        where = _unit(self._vectors(pairs, style)).mean(axis=0)
+        candidates = self._vectors([Spot(place.example, place.region) for place in flat], style)
         nearness = dict(zip(map(id, flat), (_unit(candidates) @ where).tolist(), strict=True))
         best = [max(group, key=lambda place: nearness[id(place)]) for group in groups]
         return sorted(best, key=lambda place: -nearness[id(place)])
+
+    def _vectors(self, spots: Sequence[Spot], style: RegionStyle) -> Float[np.ndarray, "n d"]:
+        """Give a vector of each region: of its crop, or of its place in what the vision tower made of the picture."""
+        if self.embed is not None:
+            return self.embed([crop(one.images[region.image], region, style) for one, region in spots])
+        known = self.store.picture_vectors
+        assert known is not None
+        return np.stack(
+            [
+                known.region(one.image_ids[region.image], region.box, one.layout.image_sizes[0][region.image])
+                for one, region in spots
+            ]
+        )
 
 
 def _unit(vectors: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -13,6 +14,7 @@ from PIL import Image, ImageEnhance
 from sae_lens_multimodal.autointerp.explanation import Explanation, ModalityName, Shown
 from sae_lens_multimodal.autointerp.judges.base import FailureKind, Judge, JudgeFailure, JudgeRequest, Outcome
 from sae_lens_multimodal.autointerp.selection import distinct
+from sae_lens_multimodal.autointerp.words import PictureTexts
 from sae_lens_multimodal.errors import ConfigError
 from sae_lens_multimodal.types import Box
 
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
     from sae_lens_multimodal.features.example import Example
     from sae_lens_multimodal.features.store import FeatureStore
 
-__all__ = ["Context", "Procedure", "Published", "base_view_mean", "lit_picture", "unparsable"]
+__all__ = ["Context", "Procedure", "Published", "base_view_mean", "lit_picture", "read_answer", "unparsable"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +38,11 @@ class Context:
     threshold: float
     context: int
     seed: int
+
+    @cached_property
+    def picture_texts(self) -> PictureTexts:
+        """What is said of all pictures of the store; read when first asked for."""
+        return PictureTexts.of(self.store)
 
     def rng(self, feature: int, modality: ModalityName) -> np.random.Generator:
         """Give a source of chance that depends on seed, feature and modality alone."""
@@ -155,3 +162,14 @@ def unparsable(request: JudgeRequest, reply: str) -> JudgeFailure:
     """Say that an explainer's reply has another shape than asked for."""
     message = f"The explainer's reply is not in the shape asked for: {reply[:120]!r}."
     return JudgeFailure.of(request, FailureKind.UNPARSABLE, message, reply)
+
+
+def read_answer(book: PromptBook, request: JudgeRequest, outcome: Outcome) -> bool | JudgeFailure:
+    """Read a judge's yes or no; a reply that is neither is a failure."""
+    if isinstance(outcome, JudgeFailure):
+        return outcome
+    answer = book.read_verdict(outcome.text)
+    if answer is not None:
+        return answer
+    message = f"The judge's reply is neither yes nor no: {outcome.text[:120]!r}."
+    return JudgeFailure.of(request, FailureKind.UNPARSABLE, message, outcome.text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -45,20 +46,22 @@ class Region:
     tokens: tuple[int, ...]
     """Positions of the patches it is made of."""
     view: Literal["base", "tiles"]
-    """Which view of the picture these patches belong to."""
+    """Which view of the picture these patches belong to: the finest in which the feature fires there."""
     patch_pixels: float
     """Shorter side of one of its patches, in pixels of the picture."""
     peak: float
-    """The strongest activation inside."""
+    """The strongest activation inside, of either view."""
 
 
 def find_regions(example: Example, *, threshold: float = 0.5) -> list[Region]:
     """Find the connected regions of pictures in which a feature fires, the strongest first.
 
     Patches count from `threshold` times the example's strongest image activation on; patches of mere padding, which
-    lie nowhere in the picture, do not count at all. In each picture the finest view in which any patch counts is used.
-    Patches are connected where they share an edge; none is added. Where it is not known which part of a picture its
-    tokens see, its region is all of it.
+    lie nowhere in the picture, do not count at all. Patches of one view are connected where they share an edge; none
+    is added. A region of the base view that overlaps patches which fire in the tiles is the same region seen more
+    coarsely: it has the extent that the tiles give it, and the strength of the stronger view. What fires in the base
+    view alone is a region of its own. Where it is not known which part of a picture its tokens see, its region is all
+    of it.
 
     Args:
         example: one feature on one prompt.
@@ -70,31 +73,45 @@ def find_regions(example: Example, *, threshold: float = 0.5) -> list[Region]:
     if not 0 < threshold <= 1:
         raise SelectionError(f"threshold is {threshold}; expected a share above 0 and at most 1.")
     values = example.image_values
-    boxes = np.asarray(example.layout.places[0])
-    has_area = _has_area(boxes)
+    has_area = _has_area(np.asarray(example.layout.places[0]))
     peak = float(values[has_area].max(initial=0.0))
     if peak <= 0:
         return []
     counted = (values >= threshold * peak) & has_area
-    image_index, tile = np.asarray(example.layout.image_index[0]), np.asarray(example.layout.tile[0])
+    image_index = np.asarray(example.layout.image_index[0])
     regions = []
     for image in np.unique(image_index[counted]).tolist():
-        here = counted & (image_index == image)
-        fine = here & (tile > 0)
-        view: Literal["base", "tiles"] = "tiles" if fine.any() else "base"
-        tokens = np.flatnonzero(fine if fine.any() else here)
-        for group in connected_groups(boxes[tokens]):
-            regions.append(_region(example, values, tokens[group], image, view))
+        regions += _of_picture(example, image, np.flatnonzero(counted & (image_index == image)))
     return sorted(regions, key=lambda region: (-region.peak, region.image, region.tokens))
+
+
+def _of_picture(example: Example, image: int, firing: Int64[np.ndarray, "n"]) -> list[Region]:
+    """Make the regions of one picture, of the patches that fire in either view."""
+    boxes, tile = np.asarray(example.layout.places[0]), np.asarray(example.layout.tile[0])
+    fine, coarse = firing[tile[firing] > 0], firing[tile[firing] == 0]
+    overlaps, borders = _meeting(boxes[coarse], boxes[fine])
+    same = overlaps | borders
+    regions = [
+        _region(example, fine[group], image, "tiles", seen_too=coarse[same[:, group].any(axis=1)])
+        for group in connected_groups(boxes[fine])
+    ]
+    kept = []
+    for group in connected_groups(boxes[coarse]):
+        # of a group that the tiles show too, what lies beside their patches is its blurred edge
+        kept += group[~same[group].any(axis=1)].tolist() if overlaps[group].any() else group.tolist()
+    alone = coarse[sorted(kept)]
+    return regions + [_region(example, alone[group], image, "base") for group in connected_groups(boxes[alone])]
 
 
 def _region(
     example: Example,
-    values: Float[np.ndarray, "seq"],
     tokens: Int64[np.ndarray, "n"],
     image: int,
     view: Literal["base", "tiles"],
+    *,
+    seen_too: Sequence[int] | Int64[np.ndarray, "m"] = (),
 ) -> Region:
+    """Make a region of patches; `seen_too` are those of the other view that show it, too."""
     boxes = np.asarray(example.layout.places[0])[tokens]
     return Region(
         image=image,
@@ -102,7 +119,7 @@ def _region(
         tokens=tuple(tokens.tolist()),
         view=view,
         patch_pixels=float(np.median(_sides(boxes).min(axis=1))),
-        peak=float(values[tokens].max()),
+        peak=float(example.image_values[[*tokens, *seen_too]].max()),
     )
 
 
@@ -129,7 +146,7 @@ def connected_groups(boxes: Float[np.ndarray, "n 4"]) -> list[Int64[np.ndarray, 
         >>> connected_groups(np.array([[0, 0, 8, 8], [8, 0, 16, 8], [16, 8, 24, 16]], np.float32))
         [array([0, 1]), array([2])]
     """
-    touching = _share_edge(boxes)
+    touching = np.logical_or(*_meeting(boxes, boxes))
     group_of = np.full(len(boxes), -1)
     for start in range(len(boxes)):
         if group_of[start] >= 0:
@@ -142,12 +159,19 @@ def connected_groups(boxes: Float[np.ndarray, "n 4"]) -> list[Int64[np.ndarray, 
     return [np.flatnonzero(group_of == start) for start in np.unique(group_of)]
 
 
-def _share_edge(boxes: Float[np.ndarray, "n 4"]) -> Bool[np.ndarray, "n n"]:
-    """Tell which pairs touch along more than a corner; a twentieth of a patch is left for rounding."""
-    low, high = boxes[:, :2], boxes[:, 2:]
-    slack = 0.05 * float(_sides(boxes).min(initial=np.inf)) if len(boxes) else 0.0
-    common = np.minimum(high[:, None], high[None]) - np.maximum(low[:, None], low[None])
-    return np.asarray((common.min(axis=2) >= -slack) & (common.max(axis=2) > slack))
+def _meeting(
+    first: Float[np.ndarray, "n 4"], second: Float[np.ndarray, "m 4"]
+) -> tuple[Bool[np.ndarray, "n m"], Bool[np.ndarray, "n m"]]:
+    """Tell which pairs overlap, and which share more than a corner of their border only.
+
+    A twentieth of the smallest patch is left for rounding.
+    """
+    slack = 0.05 * min(float(_sides(boxes).min(initial=np.inf)) for boxes in (first, second))
+    low, high = (first[:, None, :2], second[None, :, :2]), (first[:, None, 2:], second[None, :, 2:])
+    common = np.minimum(*high) - np.maximum(*low)
+    overlaps = np.asarray(common.min(axis=2) > slack)
+    touches = np.asarray((common.min(axis=2) >= -slack) & (common.max(axis=2) > slack))
+    return overlaps, touches & ~overlaps
 
 
 def silent_region(
@@ -175,27 +199,43 @@ def silent_region(
     Returns:
         The silent region, or None where the picture has none of that size.
     """
-    width, height = example.layout.image_sizes[0][region.image]
-    style = RegionStyle(margin_pixels=margin_pixels)
-    loud = set(np.flatnonzero(example.image_values > silence * region.peak).tolist())
     picture = example.images[region.image].convert("L")
     places: list[Region] = []
-    for x, y in rng.permutation(_corners(example, region))[:TRIED_PLACES].tolist():
-        box = Box(x, y, x + region.box.width, y + region.box.height)
-        if box.x1 > width or box.y1 > height:
-            continue
-        place = replace(region, box=box, tokens=(), peak=0.0)
-        seen = Box(*map(float, shown_box(place, (width, height), style)))
-        around = example.layout.tokens_in(seen, image=region.image, min_overlap=0.0, view="all")
-        if loud.isdisjoint(around.tolist()):
+    for x, y in rng.permutation(patch_corners(example, region.image, region.view))[:TRIED_PLACES].tolist():
+        place = region_at(example, region, x, y)
+        if place is not None and is_silent(example, place, margin_pixels=margin_pixels, limit=silence * region.peak):
             places.append(place)
         if len(places) == KEPT_PLACES:
             break
     if not places:
         return None
-    best = max(places, key=lambda place: _detail(picture, place.box))
-    tokens = example.layout.tokens_in(best.box, image=region.image, view=region.view)
-    return replace(best, tokens=tuple(tokens.tolist()))
+    return with_tokens(example, max(places, key=lambda place: detail_in(picture, place.box)))
+
+
+def region_at(example: Example, region: Region, x: float, y: float) -> Region | None:
+    """Move a region's box so that it begins at x, y; None where it would reach over the edge of its picture."""
+    width, height = example.layout.image_sizes[0][region.image]
+    right, bottom = x + region.box.width, y + region.box.height
+    # boxes are float32: one that ends with the picture may lie a hair beyond it
+    if right > width + 1e-3 or bottom > height + 1e-3:
+        return None
+    return replace(region, box=Box(x, y, min(right, width), min(bottom, height)), tokens=(), peak=0.0)
+
+
+def is_silent(example: Example, region: Region, *, margin_pixels: float | None, limit: float) -> bool:
+    """Tell whether no patch of either view that any part of a region or its margin shows fires above a limit."""
+    size = example.layout.image_sizes[0][region.image]
+    seen = np.array(shown_box(region, size, RegionStyle(margin_pixels=margin_pixels)), dtype=np.float64)
+    loud = (example.image_values > limit) & (np.asarray(example.layout.image_index[0]) == region.image)
+    boxes = np.asarray(example.layout.places[0], dtype=np.float64)[loud]
+    common = np.minimum(boxes[:, 2:], seen[2:]) - np.maximum(boxes[:, :2], seen[:2])
+    return not bool((common > 0).all(axis=1).any())
+
+
+def with_tokens(example: Example, region: Region) -> Region:
+    """Name the patches of a region's view that lie at least half inside of its box."""
+    tokens = example.layout.tokens_in(region.box, image=region.image, view=region.view)
+    return replace(region, tokens=tuple(tokens.tolist()))
 
 
 def heat_of(example: Example, image: int) -> Float[np.ndarray, "h w"]:
@@ -224,15 +264,24 @@ def moved_heat(heat: Float[np.ndarray, "h w"], source: Box, target: Box) -> Floa
     return moved
 
 
-def _corners(example: Example, region: Region) -> Float[np.ndarray, "n 2"]:
-    """Collect the upper left corners of all patches of the region's view: places where a box may begin."""
+def patch_corners(example: Example, image: int, view: Literal["base", "tiles"]) -> Float[np.ndarray, "n 2"]:
+    """Collect the upper left corners of all patches of one view of a picture: places where a box may begin."""
+    return np.asarray(np.unique(_patches(example, image, view)[:, :2], axis=0))
+
+
+def patch_size(example: Example, image: int, view: Literal["base", "tiles"]) -> Float[np.ndarray, "2"] | None:
+    """Give the usual width and height of a patch of one view, in pixels of the picture; None without such a view."""
+    boxes = _patches(example, image, view)
+    return np.asarray(np.median(_sides(boxes), axis=0)) if len(boxes) else None
+
+
+def _patches(example: Example, image: int, view: Literal["base", "tiles"]) -> Float[np.ndarray, "n 4"]:
     layout = example.layout
-    boxes, tile = np.asarray(layout.boxes[0], dtype=np.float64), np.asarray(layout.tile[0])
-    in_view = (tile > 0) if region.view == "tiles" else (tile == 0)
-    chosen = (np.asarray(layout.image_index[0]) == region.image) & in_view & _has_area(boxes)
-    return np.asarray(np.unique(boxes[chosen][:, :2], axis=0))
+    boxes, tile = np.asarray(layout.places[0], dtype=np.float64), np.asarray(layout.tile[0])
+    in_view = (tile > 0) if view == "tiles" else (tile == 0)
+    return np.asarray(boxes[(np.asarray(layout.image_index[0]) == image) & in_view & _has_area(boxes)])
 
 
-def _detail(grey: Image.Image, box: Box) -> float:
+def detail_in(grey: Image.Image, box: Box) -> float:
     """Spread of the grey levels inside a box."""
     return float(np.asarray(grey.crop((round(box.x0), round(box.y0), round(box.x1), round(box.y1)))).std())

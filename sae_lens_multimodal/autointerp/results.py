@@ -223,7 +223,10 @@ def _note(truths: Sequence[bool], answers: Sequence[bool | None], n_not_asked: i
         return "the judge gave no usable answer on one kind of item"
     if n_not_asked:
         return "the prompt book has no words for this explanation"
-    return "too few held-out examples: none on which the feature fires, or none on which it is silent"
+    return (
+        "too few held-out examples: none on which the feature fires, or none on which it is silent, at the same places "
+        "and in words that were not read"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,10 +14,13 @@ from tqdm import tqdm
 from sae_lens_multimodal.autointerp.costs import ledger_kept
 from sae_lens_multimodal.autointerp.explain import store_name
 from sae_lens_multimodal.autointerp.explanation import MODALITIES, Explanation, ModalityName
-from sae_lens_multimodal.autointerp.judges.base import FailureKind, Judge, JudgeFailure, JudgeRequest, Outcome
+from sae_lens_multimodal.autointerp.general_prompts import GeneralPrompts
+from sae_lens_multimodal.autointerp.judges.base import Judge, JudgeFailure, JudgeRequest, Outcome
 from sae_lens_multimodal.autointerp.metrics import derangement
-from sae_lens_multimodal.autointerp.prompts import GeneralPrompts, PromptBook
+from sae_lens_multimodal.autointerp.procedures import read_answer
+from sae_lens_multimodal.autointerp.prompts import PromptBook
 from sae_lens_multimodal.autointerp.records import RecordFolder
+from sae_lens_multimodal.autointerp.repeats import check_unread
 from sae_lens_multimodal.autointerp.results import (
     KIND,
     SCHEMA_VERSION,
@@ -128,7 +131,7 @@ def score(
     Raises:
         ConfigError: an unknown scorer, or numbers that cannot work.
         JudgeError: the judge cannot be asked at all; what was answered so far is kept.
-        SelectionError: an example to score with was shown to the explainer.
+        SelectionError: an example to score with, or a text that says the same, was shown to the explainer.
         StoreError: the folder holds results made with other settings, or of another explanation of the same feature.
     """
     book = GeneralPrompts() if prompts is None else prompts
@@ -240,12 +243,7 @@ def _finished(judge: Judge, book: PromptBook, maker: _Maker, tests: Sequence[_Te
 
 def _verdict(book: PromptBook, question: _Question, outcome: Outcome) -> Verdict:
     """Read the judge's reply; one that does not parse is a failure."""
-    answer = None if isinstance(outcome, JudgeFailure) else book.read_verdict(outcome.text)
-    failure = outcome if isinstance(outcome, JudgeFailure) else None
-    if answer is None and failure is None:
-        assert not isinstance(outcome, JudgeFailure)
-        message = f"The judge's reply is neither yes nor no: {outcome.text[:120]!r}."
-        failure = JudgeFailure.of(question.request, FailureKind.UNPARSABLE, message, outcome.text)
+    answer = read_answer(book, question.request, outcome)
     test, item = question.test, question.item
     asked_with = test.control if question.control and test.control is not None else test.explanation
     return Verdict(
@@ -256,13 +254,13 @@ def _verdict(book: PromptBook, question: _Question, outcome: Outcome) -> Verdict
         position=question.position,
         explanation=asked_with.text,
         truth=item.truth,
-        answer=answer,
+        answer=None if isinstance(answer, JudgeFailure) else answer,
         prompt_id=item.prompt_id,
         kind=item.kind,
         image=item.image,
         box=item.box,
         text=item.text,
-        failure=failure,
+        failure=answer if isinstance(answer, JudgeFailure) else None,
         style=item.style,
         quantile=item.quantile,
     )
@@ -299,6 +297,15 @@ class _Maker:
         one = test.explanation
         rng = np.random.default_rng((self.seed, one.feature, zlib.crc32(f"{one.modality} {test.scorer.name}".encode())))
         examples = held_out(
-            self.store, one.feature, one.modality, prompts=one.prompt_ids, images=one.image_ids, rng=rng
+            self.store,
+            one.feature,
+            one.modality,
+            prompts=one.prompt_ids,
+            images=one.image_ids,
+            texts=one.texts,
+            rng=rng,
+            both_lists=test.scorer.both_lists,
         )
-        return test.scorer.items(examples, self.book, self.sampling, rng)
+        items = test.scorer.items(examples, self.book, self.sampling, rng)
+        check_unread(one.feature, [(item.prompt_id, item.text) for item in items if item.text], read=one.texts)
+        return items

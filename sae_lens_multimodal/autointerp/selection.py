@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, NamedTuple, TypedDict
 
 import numpy as np
 
+from sae_lens_multimodal.autointerp.repeats import ReadTexts
 from sae_lens_multimodal.errors import SelectionError
 
 if TYPE_CHECKING:
@@ -76,6 +77,36 @@ def silent_for_explainer(
     return silent[: min(n_examples, len(silent) // 2)]
 
 
+class UsedAndLeft(NamedTuple):
+    """The firing examples of one feature, dealt out in two."""
+
+    used: list[Example]
+    left: list[Example]
+    """To score with; they share no prompt and no picture with the others."""
+
+
+def used_and_left(
+    store: FeatureStore, feature: int, modality: ModalityName, n_left: int, rng: np.random.Generator
+) -> UsedAndLeft:
+    """Use as many firing examples as can be, and leave some of every strength to score with.
+
+    Args:
+        store: the feature store.
+        feature: which feature.
+        modality: which lists.
+        n_left: how many are left; half of them where there are fewer than twice as many.
+        rng: source of the choice.
+    """
+    firing = [*store.examples(feature, "top", modality), *store.examples(feature, "ordinary", modality)]
+    kept = distinct(_fires(firing, modality), prompts=set(), images=set())
+    n_left = min(n_left, len(kept) // 2)
+    left = set(rng.permutation(len(kept))[:n_left].tolist())
+    return UsedAndLeft(
+        used=[one for index, one in enumerate(kept) if index not in left],
+        left=[one for index, one in enumerate(kept) if index in left],
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class HeldOut:
     """Examples of one feature that its explainer never saw."""
@@ -86,6 +117,8 @@ class HeldOut:
     """Of the top and the ordinary lists, in random order."""
     silent: list[Example]
     """In random order."""
+    read: tuple[str, ...] = ()
+    """Texts that the explainer has read: an item's text may say something else only, see `repeats`."""
 
 
 def held_out(
@@ -95,7 +128,9 @@ def held_out(
     *,
     prompts: Iterable[int],
     images: Iterable[str],
+    texts: Iterable[str] = (),
     rng: np.random.Generator,
+    both_lists: bool = False,
 ) -> HeldOut:
     """Collect the examples of one modality that share no prompt and no picture with those shown to the explainer.
 
@@ -105,10 +140,17 @@ def held_out(
         modality: which lists.
         prompts: prompt ids shown to the explainer.
         images: content names of all pictures of those prompts.
+        texts: texts shown to the explainer; whoever makes texts of the examples has to leave out what they say.
         rng: source of the order.
+        both_lists: take firing examples of the other modality's lists, too.
     """
     taken_prompts, taken_images = set(prompts), store.look_alikes(images)
-    firing = [*store.examples(feature, "top", modality), *store.examples(feature, "ordinary", modality)]
+    lists: list[ModalityName] = [modality, "text" if modality == "image" else "image"]
+    firing = [
+        one
+        for name in lists[: 1 + both_lists]
+        for one in [*store.examples(feature, "top", name), *store.examples(feature, "ordinary", name)]
+    ]
     kept = distinct(_fires(firing, modality), prompts=taken_prompts, images=taken_images)
     silent = distinct(
         store.examples(feature, "silent", modality),
@@ -120,6 +162,7 @@ def held_out(
         modality=modality,
         firing=[kept[index] for index in rng.permutation(len(kept))],
         silent=[silent[index] for index in rng.permutation(len(silent))],
+        read=tuple(texts),
     )
     check_disjoint([*found.firing, *found.silent], prompts=taken_prompts, images=taken_images)
     return found
@@ -145,16 +188,30 @@ def split_examples(
     n_validate: int,
     n_silent: int,
     rng: np.random.Generator,
+    text_of: Callable[[Example], str | None] | None = None,
 ) -> Split:
     """Deal a feature's examples out: to the explainer, to the choice among explanations, and the rest to the scores.
 
     Each of the first two gets at most a third of the firing and a third of the silent examples.
 
+    Args:
+        store: the feature store.
+        feature: which feature.
+        modality: which lists.
+        n_explain: firing examples for the explainer, at most.
+        n_validate: firing examples to choose by, and as many silent ones, at most.
+        n_silent: silent examples for the explainer, at most.
+        rng: source of the choice.
+        text_of: writes an example's text as it would be shown: of those that say the same only the first is dealt out.
+
     Raises:
         SelectionError: two of the parts would share a prompt or a picture.
     """
     top = distinct(_fires(store.examples(feature, "top", modality), modality), prompts=set(), images=set())
-    spare = distinct(_fires(store.examples(feature, "ordinary", modality), modality), **_taken(top))
+    spare = distinct(_fires(store.examples(feature, "ordinary", modality), modality), **taken(top))
+    if text_of is not None:
+        read = ReadTexts()
+        top, spare = ([one for one in kind if read.take(text_of(one) or "")] for kind in (top, spare))
     third = (len(top) + len(spare)) // 3
     n_shown = min(n_explain, max(1, third))
     n_ordinary = min(n_shown // 3, len(spare))
@@ -162,7 +219,7 @@ def split_examples(
     shown = [*top[: n_shown - n_ordinary], *drawn[:n_ordinary]]
     others = [*top[n_shown - n_ordinary :], *drawn[n_ordinary:]]
     validated = [others[index] for index in rng.permutation(len(others))][: min(n_validate, third)]
-    silent = distinct(store.examples(feature, "silent", modality), **_taken([*top, *spare]))
+    silent = distinct(store.examples(feature, "silent", modality), **taken([*top, *spare]))
     silent_third = len(silent) // 3
     quiet = silent[: min(n_silent, silent_third)]
     validate = HeldOut(
@@ -171,16 +228,18 @@ def split_examples(
         firing=validated,
         silent=silent[len(quiet) : len(quiet) + min(n_validate, silent_third)],
     )
-    check_disjoint([*validate.firing, *validate.silent], **_taken([*shown, *quiet]))
+    check_disjoint([*validate.firing, *validate.silent], **taken([*shown, *quiet]))
     return Split(explain=shown, explain_silent=quiet, validate=validate)
 
 
-class _Taken(TypedDict):
+class Taken(TypedDict):
+    """What examples are made of; the arguments of `distinct`."""
+
     prompts: set[int]
     images: set[str]
 
 
-def _taken(examples: Iterable[Example]) -> _Taken:
+def taken(examples: Iterable[Example]) -> Taken:
     """Collect the prompts and pictures of examples."""
     examples = list(examples)
     return {

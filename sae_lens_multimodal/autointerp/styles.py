@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 from sae_lens_multimodal.errors import ConfigError
 
-View: TypeAlias = Literal["crop", "marked", "both", "heat"]
-"""Cut out with a margin; in its picture, outlined and all else dimmed; one after the other; or its picture coloured by
-the feature's activation."""
+View: TypeAlias = Literal["crop", "outlined", "dimmed", "marked", "both", "side_by_side", "heat"]
+"""Cut out with a margin (`crop`); in its picture, `outlined`, with all else `dimmed`, or with both (`marked`); cut out
+and then marked, as two images (`both`); outlined with the cut-out beside it, as one image (`side_by_side`); or its
+picture coloured by the feature's activation (`heat`)."""
 
-VIEWS: tuple[View, ...] = ("crop", "marked", "both", "heat")
+VIEWS: tuple[View, ...] = get_args(View)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 EXPLANATIONS_FOLDER = "explanations"
 SCORES_FOLDER = "scores"
 ANSWERS_FILE = "answers.sqlite"
+CALIBRATION_FILE = "calibration.json"
 
 
 def explain(options: Namespace) -> None:
@@ -35,18 +36,18 @@ def explain(options: Namespace) -> None:
     procedure = _procedure(options, store)
     arguments: dict[str, Any] = {
         "features": parse_features(options.features),
-        "prompts": _prompts(options),
+        "prompts": make_prompts(options),
         "procedure": procedure,
         "seed": options.seed,
     }
     if options.dry_run:
-        _foretell(options, lambda judge, folder: run(store, judge, output=folder, **arguments))
+        foretell(options, lambda judge, folder: run(store, judge, output=folder, **arguments))
         if isinstance(procedure, Contrastive):
             _say_most_calls(procedure)
         return
-    explanations = run(store, _judge(options, options.store / ANSWERS_FILE), output=output, **arguments)
+    explanations = run(store, make_judge(options, options.store / ANSWERS_FILE), output=output, **arguments)
     failures = [explanation.failure for explanation in explanations if explanation.failure is not None]
-    _print(f"{len(explanations) - len(failures)} features answered, {len(failures)} failed: {output.resolve()}")
+    print_lines(f"{len(explanations) - len(failures)} features answered, {len(failures)} failed: {output.resolve()}")
     if failures:
         sys.stderr.write(f"first failure: {failures[0].message}\n")
 
@@ -62,47 +63,54 @@ def score(options: Namespace) -> None:
     output = options.output or options.store / SCORES_FOLDER
     explanations = read_explanations(options.explanations or options.store / EXPLANATIONS_FOLDER)
     arguments: dict[str, Any] = {
-        "prompts": _prompts(options),
+        "prompts": make_prompts(options),
         "scorers": options.scorers.split(","),
         "sampling": Sampling(n_positive=options.items, n_negative=options.items),
         "seed": options.seed,
     }
     if options.dry_run:
-        _foretell(options, lambda judge, folder: run(store, judge, explanations, output=folder, **arguments))
+        foretell(options, lambda judge, folder: run(store, judge, explanations, output=folder, **arguments))
         return
-    run(store, _judge(options, options.store / ANSWERS_FILE), explanations, output=output, **arguments)
-    _print(str(output.resolve()))
+    run(store, make_judge(options, options.store / ANSWERS_FILE), explanations, output=output, **arguments)
+    print_lines(str(output.resolve()))
 
 
 def calibrate(options: Namespace) -> None:
     """Ask a judge what is known, and say how far it can be trusted."""
     from sae_lens_multimodal.autointerp.calibration import calibrate as run
-    from sae_lens_multimodal.autointerp.calibration import calibration_lines
-    from sae_lens_multimodal.autointerp.prompts import GeneralPrompts
-    from sae_lens_multimodal.files import write_json
+    from sae_lens_multimodal.autointerp.calibration_text import agreement_line, calibration_lines
+    from sae_lens_multimodal.autointerp.general_prompts import GeneralPrompts
+    from sae_lens_multimodal.files import read_json, write_json
     from sae_lens_multimodal.scenes.planted import planted_features
 
     planted = planted_features(options.features, n_regions=options.regions, seed=options.seed)
-    book = _prompts(options) or GeneralPrompts()
+    book = make_prompts(options) or GeneralPrompts()
     if options.dry_run:
-        _foretell(options, lambda judge, _: run(judge, planted, book, seed=options.seed))
+        foretell(options, lambda judge, _: run(judge, planted, book, seed=options.seed))
         return
     answers = None if options.output is None else options.output / ANSWERS_FILE
-    found = run(_judge(options, answers), planted, book, seed=options.seed)
-    _print(*calibration_lines(found))
+    found = run(make_judge(options, answers), planted, book, seed=options.seed)
+    others = [read_json(folder / CALIBRATION_FILE) for folder in options.compare]
+    print_lines(*calibration_lines(found), *(agreement_line(found, other) for other in others))
     if options.output is not None:
-        write_json(options.output / "calibration.json", found.to_json())
+        write_json(options.output / CALIBRATION_FILE, found.to_json())
 
 
 def _procedure(options: Namespace, store: FeatureStore) -> Procedure | None:
     from sae_lens_multimodal.autointerp.contrastive import Contrastive
+    from sae_lens_multimodal.autointerp.joint import Joint
     from sae_lens_multimodal.autointerp.negatives import decoder_neighbours
     from sae_lens_multimodal.autointerp.procedures import Published
+    from sae_lens_multimodal.autointerp.words_first import WordsFirst
 
     if options.sae is not None and options.procedure != "contrastive":
         raise ConfigError("--sae finds hard negatives for --procedure contrastive; the others need none.")
     if options.procedure == "general":
         return None
+    if options.procedure == "words-first":
+        return WordsFirst()
+    if options.procedure == "joint":
+        return Joint()
     if options.procedure == "published":
         return Published()
     if options.sae is None:
@@ -112,7 +120,7 @@ def _procedure(options: Namespace, store: FeatureStore) -> Procedure | None:
     return Contrastive(neighbours=decoder_neighbours(load_sae(options.sae), range(store.d_sae)))
 
 
-def _judge(options: Namespace, answers: Path | None) -> Judge:
+def make_judge(options: Namespace, answers: Path | None) -> Judge:
     """Make the judge: within its budget, and with the answers that are known."""
     from sae_lens_multimodal.autointerp.judges import (
         Budget,
@@ -143,26 +151,27 @@ def _judge(options: Namespace, answers: Path | None) -> Judge:
     return judge if answers is None else CachedJudge(judge, answers)
 
 
-def _foretell(options: Namespace, run: Callable[[Judge, Path], object]) -> None:
+def foretell(options: Namespace, run: Callable[[Judge, Path], object]) -> None:
     """Let a stand-in be asked in a folder that is thrown away, and print what it counted."""
     from sae_lens_multimodal.autointerp.judges import ForecastJudge
 
     known = getattr(options, "store", None) or options.output
     answers = None if known is None or not (known / ANSWERS_FILE).is_file() else known / ANSWERS_FILE
-    judge = ForecastJudge(_judge(options, answers), tokens_per_picture=options.tokens_per_picture)
+    judge = ForecastJudge(make_judge(options, answers), tokens_per_picture=options.tokens_per_picture)
     with tempfile.TemporaryDirectory() as folder:
         run(judge, Path(folder) / "dry-run")
-    _print(judge.forecast.line())
+    print_lines(judge.forecast.line())
 
 
 def _say_most_calls(procedure: Contrastive) -> None:
-    _print(
+    print_lines(
         "The contrastive procedure then tries what is proposed: how often depends on the answers, at most "
         f"{procedure.most_calls} calls a feature."
     )
 
 
-def _prompts(options: Namespace) -> PromptBook | None:
+def make_prompts(options: Namespace) -> PromptBook | None:
+    """Make the prompt book that `--dialect` asks for; None for the general one."""
     if options.dialect == "general":
         return None
     if options.dialect == "scenes":
@@ -172,5 +181,6 @@ def _prompts(options: Namespace) -> PromptBook | None:
     raise ConfigError(f"dialect is {options.dialect!r}; expected 'general' or 'scenes'.")
 
 
-def _print(*lines: str) -> None:
+def print_lines(*lines: str) -> None:
+    """Print results."""
     sys.stdout.write("\n".join(lines) + "\n")

@@ -8,10 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sae_lens_multimodal.cli.autointerp import EXPLANATIONS_FOLDER, SCORES_FOLDER, calibrate, explain, score
+from sae_lens_multimodal.cli.autointerp import calibrate, explain, score
 from sae_lens_multimodal.cli.concepts import concepts
 from sae_lens_multimodal.cli.editing import edit
+from sae_lens_multimodal.cli.measuring import measure
 from sae_lens_multimodal.cli.options import parse_changes
+from sae_lens_multimodal.cli.reporting import export, report
 from sae_lens_multimodal.cli.tracing import trace
 from sae_lens_multimodal.errors import ConfigError, StoreError
 
@@ -146,28 +148,6 @@ def _mixture(options: Namespace) -> Mixture:
     return open_mixture(entries, seed=options.seed, stop=stop, split=options.split)
 
 
-def report(options: Namespace) -> None:
-    """Make a report from what a store's folder holds."""
-    from sae_lens_multimodal.autointerp.explanation import read_explanations
-    from sae_lens_multimodal.autointerp.results import read_scores, read_verdicts
-    from sae_lens_multimodal.features.store import FeatureStore
-    from sae_lens_multimodal.report.build import build_report
-    from sae_lens_multimodal.report.calibrated import read_calibration
-
-    explanations = options.explanations or options.store / EXPLANATIONS_FOLDER
-    scores = options.scores or options.store / SCORES_FOLDER
-    index = build_report(
-        FeatureStore.open(options.store),
-        output=options.output,
-        explanations=read_explanations(explanations) if explanations.exists() else None,
-        scores=read_scores(scores) if scores.is_dir() else None,
-        verdicts=read_verdicts(scores) if scores.is_dir() else None,
-        calibrations=[read_calibration(path) for path in options.calibration],
-        title=options.title or options.store.name,
-    )
-    _print(str(index))
-
-
 def steer(options: Namespace) -> None:
     """Ask a question of the model as it is and of the steered model, or measure a dose curve."""
     from sae_lens_multimodal.cli.steering import check_steer_flags, describe, place_of, side_by_side
@@ -259,8 +239,10 @@ COMMANDS: dict[str, Callable[[Namespace], None]] = {
     "harvest": harvest,
     "explain": explain,
     "score": score,
+    "measure": measure,
     "calibrate": calibrate,
     "report": report,
+    "export": export,
     "steer": steer,
     "attribute": attribute,
     "trace": trace,

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from sae_lens_multimodal.cli.concepts import add_concepts
 from sae_lens_multimodal.cli.editing import add_edit
+from sae_lens_multimodal.cli.measuring import add_measure_flags
+from sae_lens_multimodal.cli.reporting import add_export, add_report
 from sae_lens_multimodal.cli.tracing import add_trace
 from sae_lens_multimodal.errors import MultimodalError
 
@@ -33,8 +35,10 @@ def build_parser() -> argparse.ArgumentParser:
     _add_harvest(commands)
     _add_explain(commands)
     _add_score(commands)
+    _add_measure(commands)
     _add_calibrate(commands)
-    _add_report(commands)
+    add_report(commands)
+    add_export(commands)
     _add_steer(commands)
     _add_attribute(commands)
     add_trace(commands)
@@ -136,9 +140,10 @@ def _add_explain(commands: Commands[argparse.ArgumentParser]) -> None:
     explain.add_argument("--output", type=Path, help="folder for explanations.jsonl (default: inside the store)")
     explain.add_argument(
         "--procedure",
-        choices=("general", "contrastive", "published"),
+        choices=("general", "words-first", "contrastive", "published", "joint"),
         default="general",
-        help="one question; several candidates, tried on examples of their own; or as arXiv 2411.14982 does",
+        help="one question; that only where no word at hand tells the meaning; several candidates, tried on examples "
+        "of their own; as arXiv 2411.14982 does; or one question about prompts in whose picture and text it fires",
     )
     explain.add_argument(
         "--sae",
@@ -154,9 +159,20 @@ def _add_score(commands: Commands[argparse.ArgumentParser]) -> None:
     _add_judge(score)
     score.add_argument("--explanations", type=Path, help="explanations.jsonl (default: the store's own)")
     score.add_argument("--output", type=Path, help="folder for scores.jsonl (default: inside the store)")
-    score.add_argument("--scorers", default="detection,fuzzing", help="with commas; also detection_crop")
+    score.add_argument("--scorers", default="detection,fuzzing", help="with commas; also detection_crop, fuzzing_joint")
     score.add_argument("--items", type=int, default=5, help="items of each kind a test (default: %(default)s)")
     score.add_argument("--seed", type=int, default=0)
+
+
+def _add_measure(commands: Commands[argparse.ArgumentParser]) -> None:
+    measure = commands.add_parser(
+        "measure",
+        help="measure explanations in numbers: intruder, simulation, embedding, masks, steering, surprisal",
+        description="Measures explanations on examples that were not shown, each beside another feature's explanation.",
+    )
+    measure.add_argument("store", type=Path, help="folder of a feature store (made by harvest)")
+    _add_judge(measure, required=False)
+    add_measure_flags(measure)
 
 
 def _add_calibrate(commands: Commands[argparse.ArgumentParser]) -> None:
@@ -170,23 +186,15 @@ def _add_calibrate(commands: Commands[argparse.ArgumentParser]) -> None:
     calibrate.add_argument("--features", type=int, default=24, help="planted features (default: %(default)s)")
     calibrate.add_argument("--regions", type=int, default=3, help="regions of each (default: %(default)s)")
     calibrate.add_argument("--output", type=Path, help="folder for calibration.json and the answers")
-    calibrate.add_argument("--seed", type=int, default=0)
-
-
-def _add_report(commands: Commands[argparse.ArgumentParser]) -> None:
-    report = commands.add_parser("report", help="a browsable report from a feature store")
-    report.add_argument("store", type=Path, help="folder of a feature store (made by harvest)")
-    report.add_argument("--output", type=Path, required=True, help="folder of the report")
-    report.add_argument("--explanations", type=Path, help="folder or file of explanations (default: the store's own)")
-    report.add_argument("--scores", type=Path, help="folder of scores (default: the store's own)")
-    report.add_argument(
-        "--calibration",
+    calibrate.add_argument(
+        "--compare",
         type=Path,
         action="append",
         default=[],
-        help="what calibrate wrote; the report begins with it (repeat for several judges)",
+        metavar="FOLDER",
+        help="--output of another judge: how far the two agree beyond chance (repeat for several)",
     )
-    report.add_argument("--title", help="title of the report")
+    calibrate.add_argument("--seed", type=int, default=0)
 
 
 def _add_steer(commands: Commands[argparse.ArgumentParser]) -> None:
@@ -248,11 +256,13 @@ def _add_model(parser: argparse.ArgumentParser, *, required: bool = True) -> Non
     parser.add_argument("--dtype", help="float32, bfloat16, … (default: the checkpoint's)")
 
 
-def _add_judge(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--judge", required=True, help="model name at the server, or hub name or folder to load here")
+def _add_judge(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
+    parser.add_argument(
+        "--judge", required=required, help="model name at the server, or hub name or folder to load here"
+    )
     parser.add_argument("--base-url", help="OpenAI-compatible server, such as http://localhost:8000/v1")
     parser.add_argument("--api-key-env", default="OPENAI_API_KEY", help="environment variable that holds the key")
-    parser.add_argument("--device", default="cpu", help="where to run a judge that is loaded here")
+    parser.add_argument("--device", default="cpu", help="where to run what is loaded here")
     parser.add_argument(
         "--dialect", choices=("general", "scenes"), default="general", help="how the judge is spoken to"
     )

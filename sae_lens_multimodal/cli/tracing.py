@@ -77,6 +77,15 @@ def _add_features(trace: argparse.ArgumentParser) -> None:
         help="with --sae: another picture, of the first one's size, of which the question has the same answer: whether "
         "the features confirm there (repeat for several)",
     )
+    trace.add_argument(
+        "--reference",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="PICTURE",
+        help="with --sae: another picture of which the question has any answer: features are also put at their means "
+        "over these (repeat for many)",
+    )
 
 
 def trace(options: Namespace) -> None:
@@ -178,6 +187,7 @@ def _story(
         n_features=options.features,
         explanations=_explanations(options.explanations, [check_sae(model, sae) for sae in saes]),
         held_out=_held_out(options, model),
+        reference=[_question(options, options.prompt, path) for path in options.reference] or None,
         **shared,
     )
 
@@ -233,6 +243,7 @@ def _cell_line(found: CausalTrace, cell: Cell) -> str:
 
 def story_lines(found: TraceStory) -> list[str]:
     """Lay out the features of the hot cell and what confirms them."""
+    means = "at mean  " if found.together.mean_ablated else ""
     lines = [
         "",
         "the hottest cell that an SAE reads, and the hottest of all:",
@@ -240,10 +251,10 @@ def story_lines(found: TraceStory) -> list[str]:
         _cell_line(found.trace, found.hottest),
         f"all features there bring {found.restored_all:.3f} back",
         "",
-        f"{'feature':<20}  restored  ablated  exchanged  explanation",
+        f"{'feature':<20}  restored  ablated  exchanged  {means}explanation",
     ]
     for one in found.features:
-        numbers = _numbers(one.restored, one.ablated, one.exchanged)
+        numbers = _numbers(one.restored, one.ablated, one.exchanged, one.mean_ablated)
         lines.append(f"{one.feature:<20}{numbers}  {one.explanation or ''}".rstrip())
     lines += _confirmation_lines("together", found.together)
     for at, confirmation in enumerate(found.held_out, start=1):
@@ -252,12 +263,19 @@ def story_lines(found: TraceStory) -> list[str]:
 
 
 def _confirmation_lines(name: str, found: Confirmation) -> list[str]:
-    lines = [f"{name:<20}{_numbers(found.restored, found.ablated, found.exchanged)}"]
+    means = found.mean_ablated
+    own = _numbers(found.restored, found.ablated, found.exchanged, None if means is None else means.found)
+    lines = [f"{name:<20}{own}"]
     if found.n_random:
-        numbers = _numbers(found.restored_random, found.ablated_random, found.exchanged_random)
+        random = None if means is None else means.random
+        numbers = _numbers(found.restored_random, found.ablated_random, found.exchanged_random, random)
         lines.append(f"{'  random, weight ' + format(found.weight_random, '.2f'):<20}{numbers}")
+    if means is not None:
+        for what, lost in (("all others", means.others), ("all features", means.all_features), ("value", means.value)):
+            lines.append(f"{'  ' + what + ' at mean':<52}{lost:>7.3f}")
     return lines
 
 
-def _numbers(restored: float, ablated: float, exchanged: float) -> str:
-    return f"  {restored:>8.3f}  {ablated:>7.3f}  {exchanged:>9.3f}"
+def _numbers(restored: float, ablated: float, exchanged: float, mean_ablated: float | None) -> str:
+    last = "" if mean_ablated is None else f"  {mean_ablated:>7.3f}"
+    return f"  {restored:>8.3f}  {ablated:>7.3f}  {exchanged:>9.3f}{last}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -30,6 +31,8 @@ from sae_lens_multimodal.hooks.saes import encode_tokens, same_model
 
 if TYPE_CHECKING:
     from sae_lens_multimodal.adapters.model import VisionLanguageModel
+
+logger = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 2
 CONCEPTS_NAME = "concepts.safetensors"
@@ -302,6 +305,8 @@ def find_concepts(
     check_finite(z)
     if isinstance(states, ConceptStates) and sae is not None:
         check_origin(sae, states)
+    if method in ("semi_nmf", "dictionary_learning") and not offset:
+        _warn_of_mean(z)
     alpha = sparsity * _scale(z, offset) if method in ("semi_nmf", "dictionary_learning") else 0.0
     factors = decompose(z, k, method, alpha=alpha, seed=seed, n_starts=n_starts, sae=sae, offset=offset)
     found = ConceptDictionary(
@@ -319,6 +324,18 @@ def find_concepts(
         return found
     named: dict[str, Any] = {"word": states.word, "hook_name": states.hook_name, "model_name": states.model_name}
     return replace(found, rows=tuple(states.rows), **named)
+
+
+def _warn_of_mean(states: Tensor) -> None:
+    """Say that concepts will be mixed up with what the states share, where that is much."""
+    shared, varying = float(states.mean(0).norm()), _scale(states, True)
+    if shared > varying:
+        logger.warning(
+            "the states have a common mean of length %.3g and vary about it by %.3g, so that concepts will be mixed up "
+            "with it; Semi-NMF keeps it apart with offset=True.",
+            shared,
+            varying,
+        )
 
 
 def _scale(states: Tensor, offset: bool) -> float:

@@ -24,7 +24,7 @@ from sae_lens_multimodal.data.stream import read_prompts
 from sae_lens_multimodal.demo.naming import naming_shares
 from sae_lens_multimodal.demo.settings import DemoSettings
 from sae_lens_multimodal.demo.steering import SteeringResult, steer_features
-from sae_lens_multimodal.demo.tables import summary_tables
+from sae_lens_multimodal.demo.tables import report_tables
 from sae_lens_multimodal.errors import StoreError
 from sae_lens_multimodal.features.describe import describe_features
 from sae_lens_multimodal.features.harvest import harvest
@@ -98,7 +98,7 @@ def run_demo(
         "steering": steering.to_json(),
     }
     with _step("7/7 writing the report", seconds, "report", say):
-        _report(model, sae, store, explanations, scores, steering, metrics, output)
+        _report(model, sae, store, explanations, scores, steering, metrics, output, judge.id)
     metrics["seconds"] = {name: round(value, 1) for name, value in seconds.items()}
     write_json(output / "metrics.json", metrics)
     return metrics
@@ -225,6 +225,7 @@ def _report(
     steering: SteeringResult,
     metrics: dict[str, Any],
     output: Path,
+    judge_id: str,
 ) -> None:
     explained = {one.feature for one in explanations}
     shown = sorted(explained | set(steering.records))
@@ -239,7 +240,9 @@ def _report(
         output_tokens={
             feature: [OutputToken(token=token, logit=logit) for token, logit in found] for feature, found in tokens
         },
-        summary=summary_tables(metrics),
+        judge=judge_id,
+        prompts=scenes_prompt_book(),
+        summary=report_tables(metrics),
         title="SAE features of a tiny LLaVA-NeXT",
         features=shown,
     )

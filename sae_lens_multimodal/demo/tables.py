@@ -10,11 +10,16 @@ from sae_lens_multimodal.report.records import Cell, SummaryTable
 
 def summary_tables(metrics: Mapping[str, Any]) -> list[SummaryTable]:
     """Arrange the metrics of a demo in small tables."""
+    *first, steering = report_tables(metrics)
+    return [*first, _scores(metrics["scores"]), steering]
+
+
+def report_tables(metrics: Mapping[str, Any]) -> list[SummaryTable]:
+    """Arrange those that a report does not sum up itself."""
     return [
         _reconstruction(metrics["reconstruction"]),
         _truth(metrics["truth"]),
         _naming(metrics["naming"]),
-        _scores(metrics["scores"]),
         _steering(metrics["steering"]),
     ]
 

@@ -20,6 +20,7 @@ from sae_lens_multimodal.features.description import FEATURES_FILE
 from sae_lens_multimodal.features.embedding import Embed, tower_embedding
 from sae_lens_multimodal.features.evidence import Evidence, ExampleReader
 from sae_lens_multimodal.features.findings import described_tables
+from sae_lens_multimodal.features.picture_vectors import CELLS, write_picture_vectors
 from sae_lens_multimodal.features.sampled import SampledExamples
 from sae_lens_multimodal.features.schema import DESCRIBED, DESCRIBED_KIND, DESCRIBED_VERSION, StorePaths
 from sae_lens_multimodal.features.store import FeatureStore
@@ -45,7 +46,8 @@ class DescriptionSettings:
     n_writes: int = 8
     """Output tokens to name; 0 to leave them out."""
     crops: bool = True
-    """Whether to compare crops, which takes a pass of the vision tower (or of `embed`) for each image example."""
+    """Whether to compare crops, which takes a pass of the vision tower (or of `embed`) for each image example, and
+    pictures, which takes a pass of the vision tower for each picture."""
 
     def check(self) -> None:
         """Refuse what cannot work.
@@ -76,7 +78,8 @@ def describe_features(
     For every feature: the monosemanticity of the crops where it fires; its cross-modal weight and the floor of that;
     the features that fire on its tokens; the nearest decoder directions, each with a hint at what it may be to the
     feature (a special case, a split, an absorption: see `features.relations`); and the output tokens that it makes
-    likelier. See `features.similarity` for the formulas.
+    likelier. See `features.similarity` for the formulas. Of every picture of the store also what the vision tower makes
+    of each place in it, so that regions that look alike are found without the model: `FeatureStore.picture_vectors`.
 
     One pass over those prompts of the store that serve as one of these examples, so at most the dataset once more;
     what is read there goes into sums. Memory, with F features of width d, s = 4 * n_examples and K features active on a
@@ -124,9 +127,18 @@ def describe_features(
     evidence = Evidence.empty(len(chosen), int(sae.cfg.d_in), int(sae.cfg.d_sae))
     reader = ExampleReader(model, sae, hook, store, samples, embed, evidence)
     _read(reader, store.paths, request, batch_size, checkpoint_batches, show=progress)
+    if settings.crops:
+        write_picture_vectors(
+            model, store.image_ids, store.image, store.paths.picture_vectors, batch_size=batch_size, progress=progress
+        )
     tables = described_tables(model, sae, store, chosen, evidence, settings, hook=hook)
     write_tables(store.paths.described / FEATURES_FILE, DESCRIBED, tables)
-    found = {**request, "random_crops": evidence.random_crops(), "n_features": len(chosen)}
+    found = {
+        **request,
+        "random_crops": evidence.random_crops(),
+        "picture_cells": CELLS if settings.crops else None,
+        "n_features": len(chosen),
+    }
     write_manifest(store.paths.described, kind=DESCRIBED_KIND, schema_version=DESCRIBED_VERSION, settings=found)
     shutil.rmtree(_progress(store.paths))
     return store.reopened()

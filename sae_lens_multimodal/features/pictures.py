@@ -39,6 +39,11 @@ class PictureSource:
         self._table = SortedTable(paths.table("images"), of_version(IMAGES, version), "image_id")
         self.open = lru_cache(maxsize=_CACHED_PICTURES)(self._open)
 
+    def names(self) -> list[str]:
+        """Content names of all pictures, ascending."""
+        names: list[str] = self._table.column("image_id").to_pylist()
+        return names
+
     def path(self, image_id: str) -> Path | None:
         """The picture's file; None where only a reference was kept."""
         file: str | None = self._row(image_id)["file"]

@@ -151,6 +151,11 @@ class StorePaths(NamedTuple):
         """Folder of what was found out about features after the pass."""
         return self.folder / "described"
 
+    @property
+    def picture_vectors(self) -> Path:
+        """Folder of what the vision tower makes of the pictures."""
+        return self.described / "pictures"
+
     @staticmethod
     def image_file(image_id: str) -> str:
         """A kept picture's file, relative to the store."""

@@ -20,6 +20,7 @@ from sae_lens_multimodal.features.description import Descriptions, FeatureDescri
 from sae_lens_multimodal.features.example import Example, StoredPrompt
 from sae_lens_multimodal.features.hashing import sae_fingerprint
 from sae_lens_multimodal.features.histogram import quantile_of_histogram
+from sae_lens_multimodal.features.picture_vectors import PictureVectors
 from sae_lens_multimodal.features.pictures import PictureSource
 from sae_lens_multimodal.features.records import layout_of_row
 from sae_lens_multimodal.features.schema import (
@@ -87,6 +88,11 @@ class FeatureStore:
     def reopened(self) -> Self:
         """The store as it lies on disk now, with the same dataset."""
         return self.open(self.folder, dataset=self._dataset)
+
+    @property
+    def dataset(self) -> object:
+        """The dataset that the store was opened with; None without one."""
+        return self._dataset
 
     @property
     def folder(self) -> Path:
@@ -269,6 +275,17 @@ class FeatureStore:
     def image_path(self, image_id: str) -> Path | None:
         """The PNG file of a picture; None in a store that keeps references only."""
         return self._pictures.path(image_id)
+
+    @cached_property
+    def image_ids(self) -> list[str]:
+        """Content names of all pictures, ascending."""
+        return self._pictures.names()
+
+    @cached_property
+    def picture_vectors(self) -> PictureVectors | None:
+        """Vectors of regions of the pictures, by the model's vision tower; None if `describe_features` wrote none."""
+        known = self.descriptions is not None and self.descriptions.settings.get("picture_cells") is not None
+        return PictureVectors(self.paths.picture_vectors, self.image_ids) if known else None
 
     def _read_statistics(self) -> pa.Table:
         return self._read_whole("statistics", STATISTICS)

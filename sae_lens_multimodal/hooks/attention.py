@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -16,9 +16,11 @@ from sae_lens_multimodal.adapters.batch import EncodedBatch
 from sae_lens_multimodal.adapters.layout import TokenLayout, View
 from sae_lens_multimodal.adapters.model import VisionLanguageModel
 from sae_lens_multimodal.errors import ConfigError, SelectionError, UnsupportedModelError
+from sae_lens_multimodal.hooks.attention_calls import attention_as, attention_module
 from sae_lens_multimodal.hooks.attribute import Prompts, chosen_tokens, encoded
+from sae_lens_multimodal.hooks.rounding import rounding
 from sae_lens_multimodal.hooks.selection import Tokens
-from sae_lens_multimodal.hooks.trace_run import check_layers, rounding
+from sae_lens_multimodal.hooks.trace_run import check_layers
 
 CHUNK_VALUES = 2**24
 """Numbers that are worked out at once where every source's vector is needed."""
@@ -254,31 +256,19 @@ def _look(model: VisionLanguageModel, batch: EncodedBatch, layers: Sequence[int]
     seen = {layer: _Seen() for layer in layers}
     root: nn.Module = model._module
     with ExitStack() as stack:
-        stack.enter_context(eager_attention(model))
+        stack.enter_context(attention_as(model, "eager"))
         for layer in layers:
-            for name, hook in _LOOKED_AT.items():
-                point = model.hooks.resolve(f"blocks.{layer}.{hook}")
-                # the whole of the weights, every token's for every other, is not kept
-                keep = _keeping(seen[layer], name, 1 if name == "weights" else point.element, to)
-                stack.callback(root.get_submodule(point.module_path).register_forward_hook(keep).remove)
+            points = {name: model.hooks.resolve(f"blocks.{layer}.{hook}") for name, hook in _LOOKED_AT.items()}
+            places = {name: (point.module_path, point.element) for name, point in points.items()}
+            # the whole of the weights, every token's for every other, is not kept
+            for name, (path, element) in {"weights": (attention_module(model, layer), 1), **places}.items():
+                keep = _keeping(seen[layer], name, element, to)
+                stack.callback(root.get_submodule(path).register_forward_hook(keep).remove)
         root(**batch, use_cache=False)
     return seen
 
 
-_LOOKED_AT = {"weights": "attn.hook_in", "values": "attn.hook_v", "output": "attn.hook_z", "added": "hook_attn_out"}
-
-
-@contextmanager
-def eager_attention(model: VisionLanguageModel) -> Iterator[None]:
-    """Let the language model compute its attention weights, whatever it was loaded with."""
-    root: Any = model._module
-    config = getattr(root.config, "text_config", root.config)
-    before = config._attn_implementation
-    config._attn_implementation = "eager"
-    try:
-        yield
-    finally:
-        config._attn_implementation = before
+_LOOKED_AT = {"values": "attn.hook_v", "output": "attn.hook_z", "added": "hook_attn_out"}
 
 
 def _keeping(seen: _Seen, name: str, element: int | None, to: Tensor) -> Any:  # noqa: ANN401 - a PyTorch hook

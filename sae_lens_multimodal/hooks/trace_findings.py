@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from sae_lens_multimodal.hooks.metrics import Target
@@ -27,6 +28,8 @@ class FeatureFinding:
     """The share of the answer that is lost when it alone is ablated there in the clean run."""
     exchanged: float
     """The share that is lost when its corrupted activation is put into the clean run."""
+    mean_ablated: float | None = None
+    """The share that is lost when its mean activation over reference prompts is put into the clean run."""
     explanation: str | None = None
 
 
@@ -41,6 +44,36 @@ class HeldOut:
     against: Target | None = None
     tokens: Tokens | None = None
     """The tokens that correspond to the hot cell's; None for the same positions in a prompt of as many tokens."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Other prompts like the traced one, with answers of all kinds, whose mean activations stand for no answer."""
+
+    prompts: Sequence[Prompt]
+    tokens: Tokens | None = None
+    """The tokens that correspond to the hot cell's; None for those as far from the prompt's end."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeanAblation:
+    """The share of the answer that is lost where activations of the clean run give way to their means over others.
+
+    A mean leaves the model where its inputs usually are, which 0 does not, and speaks for no answer. So even the whole
+    value at its mean takes no more than what the clean run has and one without an answer has not: between two answers
+    about half of what the corruption takes.
+    """
+
+    found: float
+    """Of the features that were found."""
+    others: float
+    """Of all features of the SAE but these: little where these are enough."""
+    all_features: float
+    """Of all features of the SAE."""
+    value: float
+    """Of the hook's whole value: the most that can be lost here."""
+    random: float | None
+    """The mean over random sets of other features; None where there are none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,11 +94,13 @@ class Confirmation:
     """How many such sets there were; 0 where too little else is active."""
     weight_random: float
     """How much the random sets' part in the value differs between the runs, as a share of the found features'."""
+    mean_ablated: MeanAblation | None = None
+    """None where no reference prompts were given."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as plain JSON values, None for what has not been measured."""
         unknown = () if self.n_random else ("restored_random", "ablated_random", "exchanged_random", "weight_random")
-        return {key: None if key in unknown else value for key, value in vars(self).items()}
+        return {key: None if key in unknown else value for key, value in asdict(self).items()}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -22,10 +22,10 @@ def causal_mask(length: int, like: Tensor) -> Float[Tensor, "1 1 seq seq"]:
 def is_causal(mask: object, length: int, implementation: str) -> bool:
     """Whether a mask keeps every position from seeing those after it.
 
-    Without a mask these implementations see to it themselves.
+    Without a mask these implementations see to it themselves, where the attention module says so.
     """
     if mask is None:
-        return implementation in ("eager", "sdpa") or "flash" in implementation
+        return implementation == "sdpa" or "flash" in implementation
     if not isinstance(mask, Tensor) or mask.dim() != 4 or mask.shape[-2:] != (length, length):
         return False
     seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2

@@ -19,7 +19,15 @@ from sae_lens_multimodal.adapters.batch import EncodedBatch
 from sae_lens_multimodal.adapters.hook_points import HookPoint
 from sae_lens_multimodal.adapters.model import VisionLanguageModel
 from sae_lens_multimodal.errors import ConfigError, SelectionError, UnknownHookError, UnsupportedModelError
+from sae_lens_multimodal.hooks.attention_calls import (
+    TAKE_MASKS,
+    attention_as,
+    attention_module,
+    language_config,
+    maskable,
+)
 from sae_lens_multimodal.hooks.lens import final_logits
+from sae_lens_multimodal.hooks.rounding import rounding
 from sae_lens_multimodal.hooks.trace_masks import causal_mask, is_causal, sliced
 
 logger = logging.getLogger(__name__)
@@ -102,8 +110,10 @@ class BlockRunner:
         self.keep_logits = keep_logits
         self.points = [model.hooks.resolve(f"blocks.{layer}.hook_resid_post") for layer in range(model.n_layers)]
         self.blocks = [self.root.get_submodule(point.module_path) for point in self.points]
-        text = getattr(self.root.config, "text_config", self.root.config)
-        self.implementation = str(getattr(text, "_attn_implementation", "") or "")
+        config = language_config(model)
+        loaded = str(config._attn_implementation)
+        # flex attention would compile itself anew for every number of rows, and others are unknown
+        self.implementation = loaded if loaded in TAKE_MASKS or "flash" in loaded else maskable(config)
 
     # Recording -------------------------------------------------------------------------------------------------
 
@@ -131,6 +141,7 @@ class BlockRunner:
                 stack.callback(after.remove)
             for name in hook_names:
                 stack.callback(self._keep_value(values, name).remove)
+            stack.enter_context(attention_as(self.model, self.implementation))
             logits = self.root(**batch, use_cache=False).logits
         added: list[Tensor | None] = []
         for layer in range(len(self.blocks) - 1):
@@ -194,10 +205,11 @@ class BlockRunner:
         """
         start = recording.calls[0].hidden.shape[1] - hidden.shape[1]
         with ExitStack() as stack:
+            stack.enter_context(attention_as(self.model, self.implementation))
             for name, change in (changes or {}).items():
                 stack.callback(self._change(name, change).remove)
             for number in range(layer, len(self.blocks)):
-                call = self._call(recording.calls[number], start, keys)
+                call = self._call(recording.calls[number], start, keys, len(hidden))
                 args, kwargs = replace_first_input(call.args, call.kwargs, hidden)
                 with _skipping(self.root, skipped if number == layer else None):
                     output = self.blocks[number](*args, **kwargs)
@@ -234,23 +246,34 @@ class BlockRunner:
 
     def _can_cut(self, recording: Recording) -> bool:
         """Whether what comes before a position does not depend on it, and the call is of a known form."""
-        text = getattr(self.root.config, "text_config", self.root.config)
+        kinds = getattr(language_config(self.model), "layer_types", None) or ()
         # other layers keep a state in place of keys and values
-        plain = all("linear" not in kind and "conv" not in kind for kind in getattr(text, "layer_types", None) or ())
+        plain = all("linear" not in kind and "conv" not in kind for kind in kinds)
         known = plain and all(CACHE in call.kwargs and call.kwargs[CACHE] is None for call in recording.calls)
         length = recording.calls[0].hidden.shape[1]
         masks = [call.kwargs.get("attention_mask") for call in recording.calls]
-        causal = all(is_causal(mask, length, self.implementation) for mask in masks)
+        causal = self._is_causal() and all(is_causal(mask, length, self.implementation) for mask in masks)
         return known and causal and all(sliced(call.kwargs, 0, length) is not None for call in recording.calls)
 
-    def _call(self, call: Call, start: int, keys: KeptKeys | None) -> Call:
+    def _is_causal(self) -> bool:
+        """Whether every attention sees to it by itself that nobody looks ahead, where it is given no mask."""
+        names = set(self.model.hooks.names())
+        layers = [layer for layer in range(len(self.blocks)) if f"blocks.{layer}.attn.hook_z" in names]
+        modules = [self.root.get_submodule(attention_module(self.model, layer)) for layer in layers]
+        return all(getattr(module, "is_causal", True) for module in modules)
+
+    def _call(self, call: Call, start: int, keys: KeptKeys | None, rows: int) -> Call:
+        mask = call.kwargs.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.dim() == 2:
+            # flash attention takes padding out of every row by itself
+            call = replace(call, kwargs={**call.kwargs, "attention_mask": mask.expand(rows, -1)})
         if keys is None:
             return call
         length = call.hidden.shape[1]
         kwargs = dict(call.kwargs)
         if start:
             keys.upto = start
-            if kwargs.get("attention_mask") is None and self.implementation in ("eager", "sdpa"):
+            if kwargs.get("attention_mask") is None and self.implementation == "sdpa":
                 kwargs["attention_mask"] = causal_mask(length, call.hidden)
             kwargs = sliced(kwargs, start, length) or kwargs
         elif keys.upto is not None:
@@ -328,11 +351,6 @@ class _Giving:
 
     def __call__(self, *_args: object, **_kwargs: object) -> Any:  # noqa: ANN401 - a module's own output
         return self.output
-
-
-def rounding(dtype: torch.dtype) -> float:
-    """How far sums in another order may be off, as a share of the largest value."""
-    return max(200 * torch.finfo(torch.float32).eps, 4 * torch.finfo(dtype).eps)
 
 
 def _alike(found: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:

@@ -11,10 +11,50 @@ from jaxtyping import Float
 from sae_lens import SAE
 from torch import Tensor
 
+from sae_lens_multimodal.adapters.model import VisionLanguageModel
+from sae_lens_multimodal.errors import SelectionError
+from sae_lens_multimodal.hooks.attribute import chosen_tokens, encoded
+from sae_lens_multimodal.hooks.read import read_activations
 from sae_lens_multimodal.hooks.saes import decoder_directions, encode_tokens
+from sae_lens_multimodal.hooks.trace_findings import Reference
 from sae_lens_multimodal.hooks.trace_parts import added_by, decoded
 from sae_lens_multimodal.hooks.trace_plan import Plan
 from sae_lens_multimodal.hooks.trace_run import KeptKeys, Recording, value_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Means:
+    """What is usual at the corresponding tokens of other prompts."""
+
+    z: Float[Tensor, " d_sae"]
+    value: Float[Tensor, " d_in"]
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, model: VisionLanguageModel, site: Site, reference: Reference) -> Means:
+        """Read the SAE there, each token counted once.
+
+        Raises:
+            SelectionError: there are no prompts, or it is not clear which of their tokens are meant.
+        """
+        if not reference.prompts:
+            raise SelectionError("Got no reference prompts; expected at least one to take the mean of.")
+        tokens = reference.tokens
+        if tokens is None:
+            tokens = [place - site.plan.prompt.layout.n_tokens for place in site.places.tolist()]
+            if max(tokens) >= 0:
+                raise SelectionError(
+                    "The hot cell is at a token of the answer, which reference prompts have not; say which of their "
+                    "tokens correspond to it: Reference(..., tokens=...)."
+                )
+        z, value, count = torch.zeros(()), torch.zeros(()), 0
+        for prompt in reference.prompts:
+            batch = encoded(model, prompt)
+            own = read_activations(model, batch, site.name)[site.name].flatten(2)
+            own = own[chosen_tokens(model, batch, batch, tokens).to(own.device)]
+            z = z + encode_tokens(site.sae, own).float().sum(0).cpu()
+            value, count = value + own.float().sum(0).cpu(), count + len(own)
+        return cls(z=(z / count).to(site.z_clean), value=(value / count).to(site.clean))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,14 +113,23 @@ class Site:
 
     def exchanged(self, sets: Sequence[Sequence[int]]) -> list[float]:
         """The share of the answer that is lost when each set's corrupted activations are put into the clean run."""
-        found = self._run(self.plan.clean, self.clean_keys, [-self._difference(one) for one in sets])
-        return [(self.before - value) / (self.before - self.after) for value in found]
+        return self._lost([-self._difference(one) for one in sets])
 
     def ablated(self, sets: Sequence[Sequence[int]]) -> list[float]:
         """The share of the answer that is lost without each set of features in the clean run."""
-        added = [-self._added(self.clean, self.z_clean, one) for one in sets]
-        found = self._run(self.plan.clean, self.clean_keys, added)
-        return [(self.before - value) / (self.before - self.after) for value in found]
+        return self._lost([-self._added(self.clean, self.z_clean, one) for one in sets])
+
+    def mean_ablated(self, sets: Sequence[Sequence[int]], means: Means) -> list[float]:
+        """The share of the answer that is lost when each set's means are put into the clean run."""
+        return self._lost([self._added(self.clean, means.z - self.z_clean, one) for one in sets])
+
+    def without_value(self, means: Means) -> float:
+        """The share of the answer that is lost when the mean of the whole value is put into the clean run."""
+        return self._lost([means.value - self.clean])[0]
+
+    def moved_by(self, means: Means) -> list[int]:
+        """Features whose activation in the clean run is not their mean."""
+        return [int(one) for one in (self.z_clean != means.z).any(0).nonzero()[:, 0]]
 
     def all_features(self) -> Tensor:
         """What all features together add to the value, clean instead of corrupted."""
@@ -95,6 +144,11 @@ class Site:
         """The share that something added to the corrupted value brings back."""
         value = self._run(self.plan.corrupted, self.plan.keys, [added])[0]
         return (value - self.after) / (self.before - self.after)
+
+    def _lost(self, added: Sequence[Tensor]) -> list[float]:
+        """The share of the answer that is lost when something is added to the clean value, for each."""
+        found = self._run(self.plan.clean, self.clean_keys, added)
+        return [(self.before - value) / (self.before - self.after) for value in found]
 
     def _difference(self, features: Sequence[int]) -> Tensor:
         """What features add in the clean run, less what they add in the corrupted one."""

@@ -10,17 +10,24 @@ import torch
 from sae_lens import SAE
 
 from sae_lens_multimodal.adapters.model import VisionLanguageModel
-from sae_lens_multimodal.errors import ConfigError, SAEMismatchError, SelectionError
+from sae_lens_multimodal.errors import ConfigError, NoGapError, SAEMismatchError, SelectionError
 from sae_lens_multimodal.hooks.attribute import chosen_tokens
 from sae_lens_multimodal.hooks.metrics import Target
 from sae_lens_multimodal.hooks.saes import check_sae
 from sae_lens_multimodal.hooks.trace import Positions, causal_trace
 from sae_lens_multimodal.hooks.trace_corruptions import Corruption
-from sae_lens_multimodal.hooks.trace_findings import Confirmation, FeatureFinding, HeldOut, TraceStory
+from sae_lens_multimodal.hooks.trace_findings import (
+    Confirmation,
+    FeatureFinding,
+    HeldOut,
+    MeanAblation,
+    Reference,
+    TraceStory,
+)
 from sae_lens_multimodal.hooks.trace_parts import HOOKS, Part
 from sae_lens_multimodal.hooks.trace_plan import Prompt, check_gap, prepare
 from sae_lens_multimodal.hooks.trace_result import CausalTrace, Cell, MetricName
-from sae_lens_multimodal.hooks.trace_site import Site
+from sae_lens_multimodal.hooks.trace_site import Means, Site
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +62,7 @@ def trace_features(
     n_features: int = 5,
     explanations: Explanations | None = None,
     held_out: Sequence[HeldOut] = (),
+    reference: Reference | Sequence[Prompt] | None = None,
     seed: int = 0,
     tokens_per_pass: int | None = None,
     progress: bool = False,
@@ -66,6 +74,10 @@ def trace_features(
     to the corrupted run, and what their corrupted ones take from the clean run. Then they are ablated and exchanged in
     the clean run, one by one, together, and beside random sets of other features of like weight. Being chosen on the
     same prompts flatters them; `held_out` pairs say what is left where they were not.
+
+    Activations of 0 may be as strange to the model as no answer at all. With `reference` prompts activations are put at
+    their means over these too (mean ablation, as in Wang et al. 2023 and Marks et al. 2025): those of the features, of
+    all others, and the whole value, which says how much there is to be lost.
 
     Args:
         model: The model, without edits.
@@ -84,6 +96,7 @@ def trace_features(
         explanations: What features stand for, by number, where that is known; of several SAEs, such a mapping for the
             name of each one's hook.
         held_out: Other pairs of prompts with the same answer, such as the same question about other pictures.
+        reference: Prompts like the clean one with answers of all kinds, such as the same question about other pictures.
         seed: Of the random sets.
         tokens_per_pass: As there.
         progress: Show bars.
@@ -103,6 +116,7 @@ def trace_features(
         model, clean, corrupted, answer=answer, against=against, parts=_parts(places), positions=positions,
         metric=metric, min_gap=min_gap, tokens_per_pass=tokens_per_pass, progress=progress,
     )  # fmt: skip
+    _check_some_gap(trace.clean[metric], trace.corrupted[metric])
     cell = _hottest(trace, places) if cell is None else _given(trace, places, cell)
     if cell.restored < FAINT:
         logger.warning(
@@ -114,7 +128,19 @@ def trace_features(
     plan = prepare(model, clean, corrupted, answer=answer, against=against, hooks=[name], metric=metric)
     site = Site.of(plan, sae, name, trace.units[cell.unit].positions, tokens_per_pass)
     others = [_elsewhere(model, site, pair, answer, against, min_gap) for pair in held_out]
-    return _told(trace, cell, site, others, n_features, known.get(name, {}), seed)
+    if reference is not None and not isinstance(reference, Reference):
+        reference = Reference(reference)
+    means = None if reference is None else Means.of(model, site, reference)
+    return _told(trace, cell, site, others, means, n_features, known.get(name, {}), seed)
+
+
+def _check_some_gap(clean: float, corrupted: float) -> None:
+    """Check that there is something to have a share of, even where a pair without a gap is let through."""
+    if clean == corrupted:
+        raise NoGapError(
+            f"The clean and the corrupted run both have {clean:.4g} of what is measured, so that features can bring "
+            "nothing back and take nothing away; corrupt more, or choose a prompt that the model answers."
+        )
 
 
 def _places(model: VisionLanguageModel, saes: Sequence[SAE[Any]]) -> Places:
@@ -203,6 +229,7 @@ def _elsewhere(
         ids["against"] = against
     plan = prepare(model, pair.clean, pair.corrupted, hooks=[site.name], metric=site.plan.metric, **ids)
     check_gap(plan, min_gap)
+    _check_some_gap(plan.before[plan.metric], plan.after[plan.metric])
     if pair.tokens is not None:
         positions = chosen_tokens(model, plan.prompt, plan.clean_batch, pair.tokens)[0].nonzero()[:, 0].tolist()
     elif plan.n_tokens == site.plan.n_tokens:
@@ -220,6 +247,7 @@ def _told(
     cell: Cell,
     site: Site,
     held_out: Sequence[Site],
+    means: Means | None,
     n_features: int,
     explanations: Mapping[int, str],
     seed: int,
@@ -228,6 +256,7 @@ def _told(
     chosen, alone = _chosen(site, active, n_features)
     singles = [[one] for one in chosen]
     lost, exchanged = site.ablated(singles), site.exchanged(singles)
+    averaged = [None] * len(singles) if means is None else site.mean_ablated(singles, means)
     draws = _draws(site, [one for one in active if one not in chosen], chosen, seed)
     return TraceStory(
         trace=trace,
@@ -243,17 +272,18 @@ def _told(
                 restored=alone[one],
                 ablated=lost[at],
                 exchanged=exchanged[at],
+                mean_ablated=averaged[at],
                 explanation=explanations.get(one) or None,
             )
             for at, one in enumerate(chosen)
         ],
         restored_all=site.share_of(site.all_features()),
-        together=_confirmed(site, chosen, draws),
-        held_out=[_confirmed(one, chosen, draws) for one in held_out],
+        together=_confirmed(site, chosen, draws, means),
+        held_out=[_confirmed(one, chosen, draws, means) for one in held_out],
     )
 
 
-def _confirmed(site: Site, chosen: Sequence[int], draws: Sequence[Sequence[int]]) -> Confirmation:
+def _confirmed(site: Site, chosen: Sequence[int], draws: Sequence[Sequence[int]], means: Means | None) -> Confirmation:
     """What a set of features does beside random ones."""
     sets = [list(chosen), *map(list, draws)]
     (restored, *others), (ablated, *other_ablated), (exchanged, *other_exchanged) = (
@@ -270,6 +300,21 @@ def _confirmed(site: Site, chosen: Sequence[int], draws: Sequence[Sequence[int]]
         exchanged_random=_mean(other_exchanged),
         n_random=len(draws),
         weight_random=_mean([float(weight[list(one)].sum()) for one in draws]) / own if own else 0.0,
+        mean_ablated=None if means is None else _mean_ablated(site, chosen, draws, means),
+    )
+
+
+def _mean_ablated(site: Site, chosen: Sequence[int], draws: Sequence[Sequence[int]], means: Means) -> MeanAblation:
+    """What is lost where features are put at what they usually are."""
+    every = site.moved_by(means)
+    rest = [one for one in every if one not in set(chosen)]
+    found, others, all_features, *random = site.mean_ablated([chosen, rest, every, *draws], means)
+    return MeanAblation(
+        found=found,
+        others=others,
+        all_features=all_features,
+        value=site.without_value(means),
+        random=_mean(random) if random else None,
     )
 
 

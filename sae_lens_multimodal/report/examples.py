@@ -1,4 +1,4 @@
-"""From a stored example to what a page shows of it: pictures with heat maps, crops, and tokens with levels."""
+"""From a stored example to what a page shows of it: pictures with patches, close views, and tokens with levels."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from sae_lens_multimodal.autointerp.drawing import crop
-from sae_lens_multimodal.autointerp.regions import Region, find_regions, heat_of
+from sae_lens_multimodal.autointerp.regions import Region, find_regions
 from sae_lens_multimodal.autointerp.styles import RegionStyle
 from sae_lens_multimodal.features.schema import KINDS
 from sae_lens_multimodal.report.formats import number
+from sae_lens_multimodal.report.patches import patches_view
 from sae_lens_multimodal.report.tokens import token_views, with_blanks
 from sae_lens_multimodal.report.view import ExampleGroupView, ExampleView, HeatView, TokenView
 from sae_lens_multimodal.types import Modality
@@ -65,6 +66,7 @@ def example_view(example: Example, assets: Assets, scales: Scales) -> ExampleVie
         max_activation=largest,
         mean_activation=example.mean_image if in_image else example.mean_text,
         level=min(1.0, largest / scale) if scale > 0 else 0.0,
+        quantile=example.quantile,
         pictures=_heat_views(example, assets, scales.image, close=in_image and example.kind == "top"),
         tokens=_tokens(example, scales),
     )
@@ -86,8 +88,9 @@ def _tokens(example: Example, scales: Scales) -> tuple[TokenView, ...]:
 def _heat_views(example: Example, assets: Assets, scale: float, *, close: bool) -> tuple[HeatView, ...]:
     """Show the prompt's pictures, the one with the largest activation first, with close views if asked for."""
     index, values = np.asarray(example.layout.image_index[0]), example.image_values
-    peaks = [float(values[index == image].max(initial=0.0)) for image in range(len(example.images))]
-    order = sorted(range(len(peaks)), key=lambda image: -peaks[image])
+    n_pictures = len(example.image_ids)
+    peaks = [float(values[index == image].max(initial=0.0)) for image in range(n_pictures)]
+    order = sorted(range(n_pictures), key=lambda image: -peaks[image])
     regions = find_regions(example) if close and scale > 0 else []
     return tuple(_heat_view(example, image, peaks[image], regions, assets, scale) for image in order[:MAX_PICTURES])
 
@@ -95,17 +98,16 @@ def _heat_views(example: Example, assets: Assets, scale: float, *, close: bool) 
 def _heat_view(
     example: Example, image: int, peak: float, regions: Sequence[Region], assets: Assets, scale: float
 ) -> HeatView:
-    picture = example.images[image]
-    where = f"prompt {example.prompt_id}" + (f", picture {image + 1}" if len(example.images) > 1 else "")
+    where = f"prompt {example.prompt_id}" + (f", picture {image + 1}" if len(example.image_ids) > 1 else "")
     state = f"largest activation {number(peak)}" if peak > 0 else "the feature is silent"
-    shown = assets.picture(picture, alt=f"Picture of {where}; {state}")
+    shown = assets.of_prompt(example.prompt, image, alt=f"Picture of {where}; {state}")
     if peak <= 0 or scale <= 0:
         return HeatView(picture=shown, heat=None, crop=None, peak=peak)
     region = next((region for region in regions if region.image == image), None)
-    cut = None if region is None else crop(picture, region, CROP_STYLE)
+    cut = None if region is None else crop(example.images[image], region, CROP_STYLE)
     return HeatView(
         picture=shown,
-        heat=assets.heat(heat_of(example, image) / scale),
+        heat=patches_view(example, image, scale),
         crop=None if cut is None else assets.picture(cut, alt=f"Close view of the most active region of {where}"),
         peak=peak,
     )

@@ -95,6 +95,16 @@ def visible(text: str) -> str:
     return text
 
 
+def utf8(text: str) -> str:
+    """Make text that UTF-8 can spell: half a surrogate pair, which JSON may hold, becomes a question mark.
+
+    Example:
+        >>> utf8("a" + chr(0xD83D))
+        'a?'
+    """
+    return text.encode("utf-8", errors="replace").decode("utf-8")
+
+
 def plural(n: int, one: str, many: str | None = None) -> str:
     """Spell a count with its noun.
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -14,10 +15,13 @@ from sae_lens_multimodal.report.described import description_view
 from sae_lens_multimodal.report.examples import example_groups
 from sae_lens_multimodal.report.formats import cell, count
 from sae_lens_multimodal.report.histogram import Whose, histogram_views
-from sae_lens_multimodal.report.judged import explanation_views, score_views, verdict_groups
+from sae_lens_multimodal.report.judged import explanation_views, measure_views, score_views, side_by_side
+from sae_lens_multimodal.report.negatives import negative_views
+from sae_lens_multimodal.report.records import Run
+from sae_lens_multimodal.report.runs import SortedRun
 from sae_lens_multimodal.report.tokens import changes
+from sae_lens_multimodal.report.verdicts import verdict_groups
 from sae_lens_multimodal.report.view import (
-    DescriptionView,
     FactView,
     FeatureStatistics,
     FeatureView,
@@ -28,10 +32,9 @@ from sae_lens_multimodal.report.view import (
     SteeringView,
     TableView,
 )
+from sae_lens_multimodal.report.view_judged import RunView
 
 if TYPE_CHECKING:
-    from sae_lens_multimodal.autointerp.explanation import Explanation
-    from sae_lens_multimodal.autointerp.results import Score, Verdict
     from sae_lens_multimodal.features.store import FeatureStore
     from sae_lens_multimodal.report.assets import Assets
     from sae_lens_multimodal.report.records import SteeringRecord, SummaryTable
@@ -44,16 +47,33 @@ MOSTLY = 0.8
 class Findings:
     """What was found out about features, by feature; anything may be missing."""
 
-    explanations: Mapping[int, Sequence[Explanation]] = field(default_factory=dict)
-    scores: Mapping[int, Sequence[Score]] = field(default_factory=dict)
-    verdicts: Mapping[int, Sequence[Verdict]] = field(default_factory=dict)
+    runs: Sequence[SortedRun] = (SortedRun.of(Run()),)
+    """The report's own run, and those that it is compared with."""
     steering: Mapping[int, Sequence[SteeringRecord]] = field(default_factory=dict)
     output_tokens: Mapping[int, Sequence[tuple[str, float]]] = field(default_factory=dict)
 
-    @cached_property
-    def score_modalities(self) -> frozenset[str]:
-        """Modalities that any feature was scored on."""
-        return frozenset(score.modality for scores in self.scores.values() for score in scores)
+    @property
+    def own(self) -> SortedRun:
+        """The report's own run."""
+        return self.runs[0]
+
+    def only(self, feature: int) -> Findings:
+        """Give what was found out about one feature alone."""
+        return Findings(
+            runs=[run.only(feature) for run in self.runs],
+            steering={feature: self.steering.get(feature, ())},
+            output_tokens={feature: self.output_tokens[feature]} if feature in self.output_tokens else {},
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """How much of everything a page shows."""
+
+    max_examples: int = 16
+    """Examples of each kind and modality."""
+    max_negatives: int = 8
+    """Hard negatives."""
 
 
 def feature_url(feature: int) -> str:
@@ -73,62 +93,72 @@ def modality_name(share: float | None) -> ModalityName | None:
     return "image" if share >= MOSTLY else "text" if share <= 1 - MOSTLY else "both"
 
 
-def feature_views(
-    store: FeatureStore, features: Sequence[int], findings: Findings, assets: Assets, *, max_examples: int
-) -> Iterator[FeatureView]:
-    """Yield the pages' contents one by one, so that only one is in memory."""
-    links = [_link(feature, findings) for feature in features]
-    pages = {link.index: link for link in links}
-    alive = frozenset(store.features)
-    for place, feature in enumerate(features):
-        yield _feature_view(
-            store,
-            feature,
-            findings,
-            assets,
-            max_examples=max_examples,
-            previous=links[place - 1] if place else None,
-            following=links[place + 1] if place + 1 < len(links) else None,
-            description=description_view(store.description(feature), pages, alive=alive),
-        )
+@dataclass(frozen=True, kw_only=True)
+class Links:
+    """The pages of a report, in their order."""
+
+    pages: Mapping[int, LinkView]
+
+    @classmethod
+    def of(cls, features: Sequence[int], findings: Findings) -> Links:
+        """Make the links of features, ascending."""
+        return cls(pages={feature: _link(feature, findings) for feature in features})
+
+    @cached_property
+    def order(self) -> list[int]:
+        """Features in the order of their pages."""
+        return list(self.pages)
+
+    def beside(self, feature: int, step: int) -> LinkView | None:
+        """Give the page before (-1) or after (1) a feature's."""
+        place = bisect_left(self.order, feature) + step
+        return self.pages[self.order[place]] if 0 <= place < len(self.order) else None
 
 
-def _feature_view(
-    store: FeatureStore,
-    feature: int,
-    findings: Findings,
-    assets: Assets,
-    *,
-    max_examples: int,
-    previous: LinkView | None,
-    following: LinkView | None,
-    description: DescriptionView | None,
+def feature_view(
+    store: FeatureStore, feature: int, findings: Findings, links: Links, assets: Assets, limits: Limits
 ) -> FeatureView:
+    """Put together what one feature's page shows."""
     statistics = _statistics(store, feature)
     label = _label(feature, findings)
+    runs = tuple(_run(store, feature, run, assets) for run in findings.runs)
     return FeatureView(
         index=feature,
         url=feature_url(feature),
         label=label or f"Feature {feature}",
         named=bool(label),
-        explanations=explanation_views(findings.explanations.get(feature, ())),
         modality=modality_name(statistics.modality_score),
         statistics=statistics,
-        scores=score_views(findings.scores.get(feature, ()), findings.score_modalities),
-        examples=example_groups(store, feature, assets, max_examples=max_examples),
+        runs=runs,
+        side_by_side=side_by_side(runs),
+        examples=example_groups(store, feature, assets, max_examples=limits.max_examples),
+        negatives=negative_views(store, feature, findings.runs, assets, limits.max_negatives),
         histograms=_histograms(store, feature),
-        output_tokens=_output_tokens(_written(store, feature, findings)),
-        description=description,
-        verdicts=verdict_groups(findings.verdicts.get(feature, ()), findings.score_modalities, store, assets),
+        output_tokens=_output_tokens(written_tokens(store, feature, findings.output_tokens)),
+        description=description_view(store.description(feature), links.pages, alive=frozenset(store.features)),
         steering=tuple(_steering(record, assets) for record in findings.steering.get(feature, ())),
-        previous=previous,
-        next=following,
+        previous=links.beside(feature, -1),
+        next=links.beside(feature, 1),
+    )
+
+
+def _run(store: FeatureStore, feature: int, found: SortedRun, assets: Assets) -> RunView:
+    return RunView(
+        name=found.run.name,
+        judge=found.run.judge,
+        explanations=explanation_views(found.explanations.get(feature, ()), store, assets),
+        scores=score_views(found.scores.get(feature, ()), found.score_modalities),
+        measures=measure_views(found.measures.get(feature, ()), found.measure_modalities),
+        verdicts=verdict_groups(
+            found.verdicts.get(feature, ()), found.score_modalities, store, assets, prompts=found.run.prompts
+        ),
     )
 
 
 def _label(feature: int, findings: Findings) -> str:
     """Take the first explanation's short name, one from images before one from text; "" where there is none."""
-    found = sorted(findings.explanations.get(feature, ()), key=lambda one: MODALITIES.index(one.modality))
+    given = findings.own.explanations.get(feature, ())
+    found = sorted(given, key=lambda one: MODALITIES.index(one.modality))
     return next((one.label or one.text for one in found if one.text), "")
 
 
@@ -146,6 +176,7 @@ def _statistics(store: FeatureStore, feature: int) -> FeatureStatistics:
         density_text=row["density_text"] or 0.0,
         max_activation=row["max_activation"] or 0.0,
         scale_image=store.scale(feature, "image"),
+        scale_text=store.scale(feature, "text"),
         modality_score=None if share is None or math.isnan(share) else share,
         prompts=row["n_prompts"],
     )
@@ -156,9 +187,11 @@ def _histograms(store: FeatureStore, feature: int) -> tuple[HistogramView, ...]:
     return histogram_views(counts, store.histogram_edges.tolist())
 
 
-def _written(store: FeatureStore, feature: int, findings: Findings) -> Sequence[tuple[str, float]]:
+def written_tokens(
+    store: FeatureStore, feature: int, output_tokens: Mapping[int, Sequence[tuple[str, float]]]
+) -> Sequence[tuple[str, float]]:
     """Take the given output tokens, or those of the store's description."""
-    given = findings.output_tokens.get(feature)
+    given = output_tokens.get(feature)
     found = store.description(feature) if given is None else None
     return given or (found.writes if found is not None else ())
 
@@ -202,9 +235,9 @@ def fact_views(store: FeatureStore, n_features: int) -> tuple[FactView, ...]:
     prompts, pictures = settings.get("n_prompts"), settings.get("n_pictures") or {}
     tokens = settings.get("n_tokens") or {}
     facts = [
-        ("Model", _name_of(settings.get("model_name"))),
+        ("Model", name_of(settings.get("model_name"))),
         ("Hook", store.hook_name),
-        ("Dataset", _name_of((settings.get("dataset") or {}).get("name"))),
+        ("Dataset", name_of((settings.get("dataset") or {}).get("name"))),
         ("Dictionary", f"{count(store.d_sae)} features"),
         ("Alive here", count(n_features)),
         ("Prompts", count(prompts) if isinstance(prompts, int) else None),
@@ -215,6 +248,6 @@ def fact_views(store: FeatureStore, n_features: int) -> tuple[FactView, ...]:
     return tuple(FactView(name=name, value=str(value)) for name, value in facts if value)
 
 
-def _name_of(source: str | None) -> str | None:
+def name_of(source: str | None) -> str | None:
     """Name a model or dataset; of a folder on this machine only the last part."""
     return Path(source).name if source and Path(source).is_absolute() else source

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from importlib.resources import files
-from typing import Any
+from typing import TYPE_CHECKING
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from sae_lens_multimodal.report import formats
-from sae_lens_multimodal.report.tokens import snippet
-from sae_lens_multimodal.report.view import ExampleView, FeatureView, ReportView
+from sae_lens_multimodal.report.colours import ALPHA, VEIL, ramp
+from sae_lens_multimodal.report.patches import packed
+from sae_lens_multimodal.report.script_data import script_json
 
-THUMBNAILS = 5
-SNIPPETS = 3
-SEARCHED_TOKENS = 24
-STATIC_FILES = ("report.css", "index.js", "feature.js")
+if TYPE_CHECKING:
+    from sae_lens_multimodal.report.view import ComparisonView, FeatureView, ReportView
+
+STATIC_FILES = ("report.css", "common.js", "heat.js", "map.js", "index.js", "feature.js", "compare.js")
 
 
 @cache
@@ -36,8 +38,9 @@ def environment() -> Environment:
         visible=formats.visible,
         plural=formats.plural,
         level=_level,
+        patches=packed,
+        script_json=script_json,
     )
-    made.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":"), "ensure_ascii": False}
     return made
 
 
@@ -48,73 +51,30 @@ def _level(value: float) -> str:
 
 def render_feature(report: ReportView, feature: FeatureView) -> str:
     """Return a feature's page."""
-    has_heat = any(
-        view.heat is not None
-        for group in feature.examples
-        for example in (*group.pictures, *group.texts)
-        for view in example.pictures
-    )
+    examples = [example for group in feature.examples for example in (*group.pictures, *group.texts)]
+    heats = [view.heat for example in examples for view in example.pictures if view.heat is not None]
     page = environment().get_template("feature.html.j2")
-    return page.render(report=report, feature=feature, root="../", has_heat=has_heat)
+    return page.render(
+        report=report,
+        feature=feature,
+        root="../",
+        has_heat=bool(heats),
+        has_views=any(heat.base for heat in heats) and any(heat.tiles for heat in heats),
+        has_marks=any(token.level > 0 and token.kind == "text" for example in examples for token in example.tokens),
+        colours={"ramp": ramp(), "veil": VEIL, "alpha": ALPHA},
+    )
 
 
-def render_index(report: ReportView, rows: list[dict[str, Any]], *, sort: str) -> str:
-    """Return the index.
+def render_index(report: ReportView) -> str:
+    """Return the index; its features are in files beside it, see `index_data`."""
+    return environment().get_template("index.html.j2").render(report=report, root="")
 
-    Args:
-        report: what is the same on all pages.
-        rows: `index_row` of every feature.
-        sort: the order at first: "index", or "score:" and the name of a score.
-    """
-    data = {"features": rows, "scores": list(report.score_names), "sort": sort}
-    return environment().get_template("index.html.j2").render(report=report, data=data, root="")
+
+def render_comparison(report: ReportView, views: Sequence[ComparisonView]) -> str:
+    """Return the page that compares runs; the features are in files beside it."""
+    return environment().get_template("compare.html.j2").render(report=report, views=views, root="")
 
 
 def static_text(name: str) -> str:
     """Return one of the style sheet and scripts."""
     return (files("sae_lens_multimodal.report") / "static" / name).read_text(encoding="utf-8")
-
-
-def index_row(feature: FeatureView) -> dict[str, Any]:
-    """Return what the index shows and searches of a feature, as JSON values."""
-    top = [group for group in feature.examples if group.kind == "top"]
-    pictures = [example for group in top for example in group.pictures]
-    texts = [example for group in top for example in group.texts]
-    return {
-        "index": feature.index,
-        "url": feature.url,
-        "label": feature.label,
-        "named": feature.named,
-        "explanation": " ".join(one.text for one in feature.explanations),
-        "modality": feature.modality,
-        "share": _rounded(feature.statistics.modality_score),
-        "density": _rounded(feature.statistics.density),
-        "image": _rounded(feature.statistics.density_image),
-        "text": _rounded(feature.statistics.density_text),
-        "max": _rounded(feature.statistics.max_activation),
-        "scores": {
-            score.name: {"value": _rounded(score.value), "control": _rounded(score.control)} for score in feature.scores
-        },
-        "thumbs": _thumbs(pictures),
-        "snippets": [snippet(example.tokens) for example in texts[:SNIPPETS]],
-        "tokens": _searched(pictures + texts),
-        "outputs": [token.token for token in feature.output_tokens],
-    }
-
-
-def _rounded(value: float | None) -> float | None:
-    """Keep five significant digits: enough to sort by, and short."""
-    return None if value is None else float(f"{value:.5g}")
-
-
-def _thumbs(examples: list[ExampleView]) -> list[str]:
-    """Addresses of the close views of the strongest pictures."""
-    views = [view for example in examples for view in example.pictures[:1]]
-    return [(view.crop or view.picture).url for view in views[:THUMBNAILS]]
-
-
-def _searched(examples: list[ExampleView]) -> list[str]:
-    """Tokens of text on which the feature is active, the strongest first, each once."""
-    lit = [token for example in examples for token in example.tokens if token.kind == "text" and token.level > 0]
-    ordered = sorted(lit, key=lambda token: -token.value)
-    return list(dict.fromkeys(token.text.strip() for token in ordered))[:SEARCHED_TOKENS]

@@ -6,7 +6,7 @@ import difflib
 import re
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -47,19 +47,64 @@ def token_views(
     Returns:
         Tokens in order; all of one picture's are one entry, padding is left out.
     """
+    modality = np.asarray(modality)
+    found = entries(modality, image_index, image_values, text_values)
+    kept = _window(found.in_picture, found.values, max_tokens)
     views: list[TokenView] = []
-    open_picture = -1
-    for token, lit, said, kind, picture in zip(tokens, image_values, text_values, modality, image_index, strict=True):
-        if kind in (Modality.IMAGE, Modality.NEWLINE):
-            if views and views[-1].kind == "picture" and picture in (open_picture, -1):
-                views[-1] = _token(views[-1].text, "picture", max(views[-1].value, float(lit)), image_scale)
-            else:
-                open_picture = int(picture)
-                views.append(_token(f"picture {max(open_picture, 0) + 1}", "picture", float(lit), image_scale))
-        elif kind != Modality.PADDING:
-            name = "special" if kind == Modality.SPECIAL else "text"
-            views.append(_token(visible(token), name, float(said), text_scale))
-    return _window(views, max_tokens)
+    for entry, place in enumerate(found.places):
+        value = float(found.values[entry])
+        if found.in_picture[entry]:
+            name = f"picture {max(int(found.picture[entry]), 0) + 1}"
+            views.append(_token(name, "picture", value, image_scale))
+        elif kept[entry]:
+            kind = "special" if modality[place] == int(Modality.SPECIAL) else "text"
+            views.append(_token(visible(tokens[place]), kind, value, text_scale))
+        elif not views or views[-1].kind != "gap":
+            views.append(TokenView(text="…", kind="gap", value=0.0, level=0.0))
+    return tuple(views)
+
+
+class Entries(NamedTuple):
+    """A prompt as a reader takes it: tokens, and pictures as one each."""
+
+    places: Int[np.ndarray, " entries"]
+    """The first token of each."""
+    in_picture: Bool[np.ndarray, " entries"]
+    picture: Int[np.ndarray, " entries"]
+    """Which picture of the prompt; of no meaning for others."""
+    values: Float[np.ndarray, " entries"]
+    """Activation; the largest one of a picture's tokens."""
+
+
+def entries(
+    modality: Int[np.ndarray, " seq"],
+    image_index: Int[np.ndarray, " seq"],
+    image_values: Float[np.ndarray, " seq"],
+    text_values: Float[np.ndarray, " seq"],
+) -> Entries:
+    """Take all tokens of one picture together; padding is left out.
+
+    A newline token without a picture of its own belongs to the picture before it.
+
+    Args:
+        modality: values of Modality.
+        image_index: the picture each token belongs to, -1 where none.
+        image_values: activation at each image token, 0 elsewhere.
+        text_values: activation at each token of text, 0 elsewhere.
+    """
+    modality, image_index = np.asarray(modality), np.asarray(image_index)
+    places = np.flatnonzero(modality != int(Modality.PADDING))
+    if not len(places):
+        return Entries(places, np.zeros(0, dtype=bool), places, np.zeros(0))
+    pictured = np.isin(modality[places], (int(Modality.IMAGE), int(Modality.NEWLINE)))
+    fresh = pictured & ~np.concatenate([[False], pictured[:-1]])
+    known = pictured & ((image_index[places] != -1) | fresh)
+    last = np.maximum.accumulate(np.where(known, np.arange(len(places)), 0))
+    picture = image_index[places][last]
+    changed = np.concatenate([[True], picture[1:] != picture[:-1]])
+    starts = np.flatnonzero(~pictured | fresh | changed)
+    lit = np.where(pictured, np.asarray(image_values)[places], np.asarray(text_values)[places])
+    return Entries(places[starts], pictured[starts], picture[starts], np.maximum.reduceat(lit, starts))
 
 
 def with_blanks(tokens: Sequence[str], is_text: Bool[np.ndarray, " seq"], said: str) -> list[str]:
@@ -125,18 +170,14 @@ def _token(text: str, kind: str, value: float, scale: float) -> TokenView:
     return TokenView(text=text, kind=kind, value=value, level=level)  # type: ignore[arg-type]
 
 
-def _window(views: list[TokenView], size: int) -> tuple[TokenView, ...]:
-    """Keep `size` entries around the strongest token of text; pictures stay."""
-    texts = [place for place, view in enumerate(views) if view.kind != "picture"]
-    if len(texts) <= size:
-        return tuple(views)
-    best = max(range(len(texts)), key=lambda place: views[texts[place]].value)
-    start = min(max(0, best - size // 2), len(texts) - size)
-    kept = set(texts[start : start + size])
-    out: list[TokenView] = []
-    for place, view in enumerate(views):
-        if place in kept or view.kind == "picture":
-            out.append(view)
-        elif not out or out[-1].kind != "gap":
-            out.append(TokenView(text="…", kind="gap", value=0.0, level=0.0))
-    return tuple(out)
+def _window(
+    in_picture: Bool[np.ndarray, " entries"], values: Float[np.ndarray, " entries"], size: int
+) -> Bool[np.ndarray, " entries"]:
+    """Keep `size` entries around the strongest token of text."""
+    texts = np.flatnonzero(~in_picture)
+    kept = ~in_picture
+    if len(texts) > size:
+        best = int(values[texts].argmax())
+        start = min(max(0, best - size // 2), len(texts) - size)
+        kept[texts[:start]] = kept[texts[start + size :]] = False
+    return kept

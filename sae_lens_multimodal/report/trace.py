@@ -22,7 +22,7 @@ from sae_lens_multimodal.types import Modality
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from sae_lens_multimodal.hooks.trace_findings import Confirmation, TraceStory
+    from sae_lens_multimodal.hooks.trace_findings import Confirmation, MeanAblation, TraceStory
     from sae_lens_multimodal.hooks.trace_result import CausalTrace, Cell
 
     Item: TypeAlias = CausalTrace | TraceStory
@@ -86,6 +86,8 @@ class FeatureView:
     restored: str
     ablated: str
     exchanged: str
+    mean_ablated: str
+    """"" where there were no reference prompts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -294,6 +296,7 @@ def _features(story: TraceStory) -> tuple[FeatureView, ...]:
             restored=share(one.restored),
             ablated=share(one.ablated),
             exchanged=share(one.exchanged),
+            mean_ablated="" if one.mean_ablated is None else share(one.mean_ablated),
         )
         for one in story.features
     )
@@ -316,10 +319,21 @@ def _confirmed(found: Confirmation) -> str:
         f"they bring {share(found.restored)} back; ablated in the clean run they take {share(found.ablated)} of the "
         f"answer away, set to what they are in the corrupted run {share(found.exchanged)}."
     )
+    if found.mean_ablated is not None:
+        own += f" {_at_means(found.mean_ablated)}"
     if not found.n_random:
         return f"{own} Too little else is active there to compare with."
     return (
         f"{own} {found.n_random} random sets of as many others there, with {share(found.weight_random)} of their "
         f"weight, bring {share(found.restored_random)} back and take {share(found.ablated_random)} and "
         f"{share(found.exchanged_random)} away."
+    )
+
+
+def _at_means(found: MeanAblation) -> str:
+    random = "" if found.random is None else f", random sets {share(found.random)}"
+    return (
+        f"Put at their means over reference prompts they take {share(found.found)}{random}, all features of the SAE "
+        f"but them {share(found.others)}, all of them {share(found.all_features)}, and the whole value at its mean, "
+        f"which is the most that can be lost there, {share(found.value)}."
     )

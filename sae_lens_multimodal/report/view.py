@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
+
+if TYPE_CHECKING:
+    from sae_lens_multimodal.report.view_judged import RunView
 
 ModalityName: TypeAlias = Literal["image", "text", "both"]
 
@@ -19,13 +22,34 @@ class PictureView:
     alt: str = ""
 
 
+class PatchView(NamedTuple):
+    """A patch on which the feature is active, in thousandths of the picture's sides and of what counts as fully lit."""
+
+    x0: int
+    y0: int
+    x1: int
+    y1: int
+    level: int
+    """1 to 1000."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PatchesView:
+    """Where a feature is active in a picture, by the view of the picture that the model had."""
+
+    base: tuple[PatchView, ...]
+    """Patches of the view of the whole picture, the weakest first."""
+    tiles: tuple[PatchView, ...]
+    """Patches of the tiles, the weakest first."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class HeatView:
     """A picture, where the feature is active in it, and a close view of that place."""
 
     picture: PictureView
-    heat: PictureView | None
-    """Semi-transparent, to be laid over the picture; None where the feature is silent."""
+    heat: PatchesView | None
+    """To be laid over the picture; None where the feature is silent."""
     crop: PictureView | None
     peak: float
     """Largest activation within this picture."""
@@ -58,6 +82,8 @@ class ExampleView:
     """Mean over tokens of the list's modality, silent ones included."""
     level: float
     """Largest activation as a share of what counts as fully lit, 0 to 1."""
+    quantile: float | None
+    """Of an ordinary example: about which share of the prompts in which the feature is active it is weaker in."""
     pictures: tuple[HeatView, ...]
     tokens: tuple[TokenView, ...]
 
@@ -79,42 +105,13 @@ class ExampleGroupView:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExplanationView:
-    """What an explainer said of a feature, from its images or from its texts."""
+class NegativeView:
+    """A region on which the feature is silent though it looks like those on which it is active."""
 
-    modality: Literal["image", "text"]
-    text: str
-    status: Literal["explained", "nothing in common", "failed"]
-    reason: str
-    """Why there is none, where the explainer failed."""
-    judge: str
-    """Who explained."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScoreView:
-    """One score with its control, as balanced accuracies: 0.5 is chance."""
-
-    name: str
-    value: float | None
-    """None where nothing could be scored."""
-    control: float | None
-    """The same with another feature's explanation."""
-    hits: float | None
-    """Share of yes where the feature is active."""
-    false_alarms: float | None
-    """Share of yes where it is silent."""
-    count: int
-    """Questions that it rests on."""
-    failed: int
-    """Of these, without a usable answer."""
-    note: str
-    """Why there is no score, where there is none."""
-
-    @property
-    def lift(self) -> float | None:
-        """Value over control."""
-        return None if self.value is None or self.control is None else self.value - self.control
+    picture: PictureView
+    prompt: str
+    source: str
+    """Where it comes from, in words."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,41 +160,6 @@ class OutputTokenView:
 
 
 @dataclass(frozen=True, kw_only=True)
-class VerdictView:
-    """One question to the judge, and what became of it."""
-
-    picture: PictureView | None
-    """What was asked about: a region as the judge saw it, or outlined in its picture."""
-    shown: str
-    """The text that was asked about, with its marks."""
-    expected: str
-    answer: str
-    outcome: Literal["right", "wrong", "unanswered"]
-    failure: str
-    """Why there is no answer, in one line."""
-    reply: str
-    """What came in place of an answer, word for word."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class VerdictGroupView:
-    """The verdicts of one scorer, with the feature's explanation or with another's."""
-
-    task: str
-    """Name of the score."""
-    control: bool
-    """Asked with another feature's explanation."""
-    explanation: str
-    """The words it was asked with."""
-    verdicts: tuple[VerdictView, ...]
-
-    @property
-    def right(self) -> int:
-        """Number of right answers; in a control, of those that agree with the feature."""
-        return sum(verdict.outcome == "right" for verdict in self.verdicts)
-
-
-@dataclass(frozen=True, kw_only=True)
 class SpanView:
     """A piece of a steered answer."""
 
@@ -239,6 +201,8 @@ class FeatureStatistics:
     max_activation: float
     scale_image: float
     """Activation on image tokens at which the heat map is fully lit."""
+    scale_text: float
+    """Activation on text tokens at which a mark is fully lit."""
     modality_score: float | None
     """Mean activation on image tokens over the sum of both means: 1 is image only, 0 text only; None where silent."""
     prompts: int | None
@@ -283,6 +247,16 @@ class DescriptionView:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TableView:
+    """A small table whose cells are text already."""
+
+    caption: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    note: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class FeatureView:
     """One feature's page."""
 
@@ -293,28 +267,20 @@ class FeatureView:
     """Short name: the explanation's, or "Feature 12"."""
     named: bool
     """The label comes from an explanation."""
-    explanations: tuple[ExplanationView, ...]
     modality: ModalityName | None
     statistics: FeatureStatistics
-    scores: tuple[ScoreView, ...]
+    runs: tuple[RunView, ...]
+    """What explainers and judges said, the report's own run first."""
+    side_by_side: TableView | None
+    """The runs' explanations and numbers; None where there is one run only."""
     examples: tuple[ExampleGroupView, ...]
+    negatives: tuple[NegativeView, ...]
     histograms: tuple[HistogramView, ...]
     output_tokens: tuple[OutputTokenView, ...]
     description: DescriptionView | None
-    verdicts: tuple[VerdictGroupView, ...]
     steering: tuple[SteeringView, ...]
     previous: LinkView | None
     next: LinkView | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class TableView:
-    """A small table whose cells are text already."""
-
-    caption: str
-    columns: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    note: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -332,5 +298,20 @@ class ReportView:
     title: str
     facts: tuple[FactView, ...]
     tables: tuple[TableView, ...]
-    n_features: int
     score_names: tuple[str, ...]
+    """Of the report's own run."""
+    measure_names: tuple[str, ...] = ()
+    """Numbers of measures, of the report's own run."""
+    compared: bool = False
+    """Whether other runs are compared on a page of their own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparisonView:
+    """Another run beside the report's own, on the page that compares runs."""
+
+    name: str
+    url: str
+    """Of its data, relative to the report's folder."""
+    table: TableView
+    sentences: tuple[str, ...]

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from sae_lens_multimodal.autointerp.judges.base import JudgeRequest, Part
-from sae_lens_multimodal.autointerp.prompts import Meaning, PromptBook, mark_stretches
+from sae_lens_multimodal.autointerp.prompts import JointViews, Meaning, PromptBook, mark_stretches
 from sae_lens_multimodal.autointerp.styles import RegionStyle
 from sae_lens_multimodal.scenes import questions as q
 from sae_lens_multimodal.scenes.crops import MIN_SIDE
@@ -88,7 +88,7 @@ class ScenesPromptBook(PromptBook):
     def mark(self, tokens: Sequence[str], marked: Sequence[bool]) -> str:
         """Write the phrase around the marks as a sentence of the tiny language; without marks, every phrase."""
         if not any(marked):
-            return " ".join(f"a {phrase} ." for phrase in _phrases(tokens))
+            return " ".join(f"a {phrase} ." for phrase in told_phrases(tokens))
         first, last = _phrase_span(tokens, marked)
         text = mark_stretches(
             tokens[first:last], marked[first:last], before=f"{_BEFORE} ", after=f" {_AFTER}", between=" "
@@ -111,11 +111,24 @@ class ScenesPromptBook(PromptBook):
         texts = list(active) * 2 if len(active) == 1 else active
         return _free([f"{' '.join(texts)} {q.MARKS_QUESTION}"])
 
+    def explain_joint(self, active: Sequence[JointViews], silent: Sequence[JointViews]) -> JudgeRequest:
+        """Ask what the crops have in common, with the marked words before the question."""
+        del silent
+        crops = [view for views, _ in active for view in views]
+        question = q.COMMON_QUESTION if len(crops) > 1 else q.NAME_QUESTION
+        return _free([*crops, " ".join([*(text for _, text in active), question])])
+
     def read_meaning(self, reply: str) -> Meaning | None:
         """Read a phrase, or "nothing"."""
         if reply.strip() == _NOTHING:
             return Meaning("", "")
         attributes = attributes_of(reply)
+        return None if attributes is None else Meaning(phrase_of(attributes), phrase_of(attributes))
+
+    def word_meaning(self, word: str, modality: Literal["image", "text"]) -> Meaning | None:
+        """Only words that name an attribute: the model can be asked about no others."""
+        del modality
+        attributes = attributes_of(word)
         return None if attributes is None else Meaning(phrase_of(attributes), phrase_of(attributes))
 
     def variants(self, meaning: Meaning) -> list[Meaning]:
@@ -145,6 +158,16 @@ class ScenesPromptBook(PromptBook):
         wanted = attributes_of(explanation)
         return None if wanted is None else _yes_or_no([f"{text} {q.judge_text(phrase_of(wanted))}"])
 
+    def caption(self, explanation: str, views: Sequence[Image.Image]) -> JudgeRequest | None:
+        """Ask "what is this ?"."""
+        wanted = attributes_of(explanation)
+        return replace(_free([*views, q.NAME_QUESTION]), given_reply=phrase_of(wanted)) if wanted else None
+
+    def fuzz_joint(self, explanation: str, views: Sequence[Image.Image], text: str) -> JudgeRequest | None:
+        """Ask the same about both."""
+        wanted = attributes_of(explanation)
+        return None if wanted is None else _yes_or_no([*views, f"{text} {q.judge_text(phrase_of(wanted))}"])
+
     def read_verdict(self, reply: str) -> bool | None:
         """Read "yes" or "no"."""
         return {"yes": True, "no": False}.get(reply)
@@ -162,8 +185,8 @@ def _speaks_of_objects(token: str) -> bool:
     return attribute_of(token) is not None or token.strip().lower() == "letter"
 
 
-def _phrases(tokens: Sequence[str]) -> list[str]:
-    """Collect every run of words that name attributes."""
+def told_phrases(tokens: Sequence[str]) -> list[str]:
+    """Collect every run of words that name attributes: the objects that a text speaks of."""
     runs: list[list[str]] = [[]]
     for token in tokens:
         if _speaks_of_objects(token):

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
+import torch
 from PIL import Image
+from sae_lens import SAE, StandardSAEConfig
 
 from sae_lens_multimodal.adapters.model import VisionLanguageModel
 from sae_lens_multimodal.autointerp.judges import JudgeRequest
@@ -24,8 +26,9 @@ COLOURS = ("red", "green", "blue", "yellow")
 """Features 0 to 3 fire on patches of these colours."""
 TEXT_FEATURE = 4
 """Fires on the word "red" only."""
-N_SCENES, N_TEXTS = 60, 40
+N_SCENES, N_TEXTS = 90, 60
 HOOK = "blocks.2.hook_resid_post"
+LAST_HOOK = "blocks.5.hook_resid_post"
 
 
 def write_store(folder: Path, model: VisionLanguageModel) -> FeatureStore:
@@ -34,24 +37,26 @@ def write_store(folder: Path, model: VisionLanguageModel) -> FeatureStore:
     scenes = {seed: make_scene(seed) for seed in range(N_SCENES)}
     values: dict[int, dict[int, Values]] = {feature: {} for feature in range(len(COLOURS))}
     for seed, scene in scenes.items():
-        batch = model.encode(_about(scene.image, "what is in the picture ?"))
+        question = "what is in the picture ?"
+        batch = model.encode(prompt_about(scene.image, question))
         tokens = model.token_strings(batch["input_ids"][0])
-        writer.add_prompt(seed, tokens=tokens, layout=batch.layout.row(0), images=[scene.image])
+        messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
+        writer.add_prompt(seed, tokens=tokens, layout=batch.layout.row(0), images=[scene.image], messages=messages)
         boxes = batch.layout.boxes[0].numpy()
         for feature, colour in enumerate(COLOURS):
-            values[feature][seed] = _activations(scene, colour, boxes, strength=4.0 + seed % 7)
+            values[feature][seed] = patch_activations(scene, colour, boxes, strength=4.0 + seed % 7)
     for feature, rows in values.items():
         _add_lists(writer, feature, "image", rows)
     _add_lists(writer, TEXT_FEATURE, "text", _text_prompts(writer, model))
     return writer.finish()
 
 
-def _about(picture: Image.Image, text: str) -> list[dict[str, Any]]:
+def prompt_about(picture: Image.Image, text: str) -> list[dict[str, Any]]:
     parts = [{"type": "image", "image": picture}, {"type": "text", "text": text}]
     return [{"role": "user", "content": parts}]
 
 
-def _activations(scene: Scene, colour: str, boxes: Values, *, strength: float) -> Values:
+def patch_activations(scene: Scene, colour: str, boxes: Values, *, strength: float) -> Values:
     """Fire on every patch by how much of it the colour covers."""
     mask = np.zeros((scene.image.height, scene.image.width), dtype=bool)
     for thing in scene.objects:
@@ -70,9 +75,10 @@ def _text_prompts(writer: StoreWriter, model: VisionLanguageModel) -> dict[int, 
     rows = {}
     for index in range(N_TEXTS):
         text = text_context(draw_objects(rng, 4))
-        batch = model.encode([{"role": "user", "content": [{"type": "text", "text": text}]}])
+        messages = [{"role": "user", "content": [{"type": "text", "text": text}]}]
+        batch = model.encode(messages)
         tokens = model.token_strings(batch["input_ids"][0])
-        writer.add_prompt(1000 + index, tokens=tokens, layout=batch.layout.row(0))
+        writer.add_prompt(1000 + index, tokens=tokens, layout=batch.layout.row(0), messages=messages)
         rows[1000 + index] = np.array([5.0 if token.strip() == "red" else 0.0 for token in tokens], dtype=np.float32)
     return rows
 
@@ -80,7 +86,7 @@ def _text_prompts(writer: StoreWriter, model: VisionLanguageModel) -> dict[int, 
 def _add_lists(writer: StoreWriter, feature: int, modality: ModalityName, rows: dict[int, Values]) -> None:
     firing = sorted((key for key, row in rows.items() if row.any()), key=lambda key: -rows[key].max())
     silent = [key for key, row in rows.items() if not row.any()]
-    lists: dict[Kind, list[int]] = {"top": firing[:8], "ordinary": firing[8:14], "silent": silent[:8]}
+    lists: dict[Kind, list[int]] = {"top": firing[:8], "ordinary": firing[8:18], "silent": silent[:8]}
     for kind, keys in lists.items():
         for key in keys:
             writer.add_example(feature, prompt_id=key, activations=rows[key], kind=kind, modality=modality)
@@ -124,3 +130,17 @@ def _marked(text: str) -> Sequence[str]:
 def _common_marks(question: str) -> str:
     marks = set(_marked(question))
     return marks.pop() if len(marks) == 1 else "nothing"
+
+
+def red_sae(model: VisionLanguageModel) -> SAE[Any]:
+    """Feature 0 writes the word "red" into the last layer; the others write nothing."""
+    config = StandardSAEConfig(d_in=model.d_model, d_sae=16, dtype="float32", device="cpu")
+    sae = SAE.from_dict(config.to_dict())
+    rows = model._module.get_input_embeddings().weight.detach().float()
+    (word,) = model.tokenizer.encode("red", add_special_tokens=False)
+    with torch.no_grad():
+        for parameter in sae.parameters():
+            parameter.zero_()
+        sae.W_dec[0] = 40 * rows[word] / rows[word].norm()
+    sae.cfg.metadata.hook_name, sae.cfg.metadata.model_name = LAST_HOOK, str(model.name)
+    return sae

@@ -20,10 +20,12 @@ class Answer(NamedTuple):
     headers: tuple[tuple[str, str], ...] = ()
     sent_share: float = 1.0
     """Share of the body after which the connection is closed, though more was announced."""
+    seconds_a_byte: float = 0.0
+    """Time before each byte of the body."""
 
 
-def completion(content: str | None, **message: Any) -> Answer:
-    """A chat completion as an OpenAI-compatible server sends it."""
+def completion(content: str | None, *, logprobs: Any = None, **message: Any) -> Answer:
+    """A chat completion as an OpenAI-compatible server sends it; `logprobs` are those of its tokens."""
     body = {
         "id": "1",
         "object": "chat.completion",
@@ -34,6 +36,7 @@ def completion(content: str | None, **message: Any) -> Answer:
                 "index": 0,
                 "finish_reason": message.pop("finish_reason", "stop"),
                 "message": {"role": "assistant", "content": content, **message},
+                **({} if logprobs is None else {"logprobs": {"content": logprobs}}),
             }
         ],
         "usage": {"prompt_tokens": 7, "completion_tokens": 2, "total_tokens": 9},
@@ -57,6 +60,8 @@ class Server:
         """When each request came."""
         self.released = threading.Event()
         """Set when the test is over: whoever hangs may go."""
+        self.die: Callable[[], None] = lambda: None
+        """Stop listening at once, as a process that is killed does."""
 
 
 @contextmanager
@@ -71,16 +76,19 @@ def serving(answer: Callable[[int, dict[str, Any], Server], Answer]) -> Iterator
                 server.bodies.append(body)
                 server.times.append(time.monotonic())
                 server.headers.append({name.lower(): value for name, value in self.headers.items()})
-            status, text, content_type, headers, sent_share = answer(number, body, server)
+            status, text, content_type, headers, sent_share, pause = answer(number, body, server)
             payload = text.encode()
             try:
-                self.send_response(status)
+                self.send_response_only(status)
                 self.send_header("Content-Type", content_type)
                 self.send_header("Content-Length", str(len(payload)))
                 for name, value in headers:
                     self.send_header(name, value)
                 self.end_headers()
-                self.wfile.write(payload[: int(sent_share * len(payload))])
+                sent = payload[: int(sent_share * len(payload))]
+                for piece in [bytes([one]) for one in sent] if pause else [sent]:
+                    server.released.wait(pause)
+                    self.wfile.write(piece)
                 self.close_connection = self.close_connection or sent_share < 1
             except (BrokenPipeError, ConnectionResetError):
                 pass
@@ -91,6 +99,8 @@ def serving(answer: Callable[[int, dict[str, Any], Server], Answer]) -> Iterator
     lock = threading.Lock()
     http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server = Server(f"http://127.0.0.1:{http.server_address[1]}/v1")
+    # from a thread of its own: who handles a request cannot wait for the end of the loop that handles requests
+    server.die = lambda: (http.socket.close(), threading.Thread(target=http.shutdown).start())[0]
     thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -15,10 +16,17 @@ from sae_lens_multimodal.autointerp.calibration import (
     PlantedFeature,
     agreement,
     calibrate,
-    calibration_lines,
 )
-from sae_lens_multimodal.autointerp.judges import FailureKind, JudgeFailure, JudgeRequest, ScriptedJudge
-from sae_lens_multimodal.autointerp.prompts import GeneralPrompts
+from sae_lens_multimodal.autointerp.calibration_text import calibration_lines
+from sae_lens_multimodal.autointerp.general_prompts import GeneralPrompts
+from sae_lens_multimodal.autointerp.judges import (
+    FailureKind,
+    JudgeFailure,
+    JudgeReply,
+    JudgeRequest,
+    ReplyToken,
+    ScriptedJudge,
+)
 from sae_lens_multimodal.errors import ConfigError
 from sae_lens_multimodal.scenes.planted import planted_features
 from sae_lens_multimodal.scenes.prompt_book import scenes_prompt_book
@@ -82,6 +90,35 @@ def test_a_judge_who_knows_the_answer_without_looking_is_found_out() -> None:
     found = calibrate(judge, telling, BOOK, progress=False)
     assert by_condition(found)["black"] == 1.0
     assert "NOT at chance without the picture: black" in "\n".join(calibration_lines(found))
+
+
+def test_a_judge_that_says_how_sure_it_is_is_taken_at_its_word() -> None:
+    """Nine times out of ten sure of what is right, and as sure of the wrong where it is wrong."""
+    turn = iter(range(10_000))
+
+    def says(request: JudgeRequest) -> str | JudgeReply:
+        answer = perfect(request)
+        if not request.top_log_probabilities:
+            return answer
+        if next(turn) % 4 == 0:
+            answer = {"yes": "no", "no": "yes"}[answer]
+        other = {"yes": "no", "no": "yes"}[answer]
+        top = ((answer, math.log(0.9)), (other, math.log(0.1)))
+        token = ReplyToken(token=answer, log_probability=math.log(0.9), top=top)
+        return JudgeReply(text=answer, log_probabilities=(token,))
+
+    judge = ScriptedJudge(says)
+    found = calibrate(judge, PLANTED, BOOK, progress=False)
+    region = found.conditions[0]
+    assert found.confidence == "probabilities"
+    assert sum(bool(one.top_log_probabilities) for one in judge.requests) == region.n
+    assert region.tpr is not None and region.fpr is not None
+    # in each of the two bins: said .9 (or .1), is what it is
+    yes, no = region.tpr + region.fpr, 2 - region.tpr - region.fpr
+    expected = (yes * abs(0.9 - region.tpr / yes) + no * abs(0.1 - (1 - region.tpr) / no)) / 2
+    assert found.calibration_error == pytest.approx(expected)
+    assert "(of the probabilities it gives)" in "\n".join(calibration_lines(found))
+    assert run(perfect).confidence == "crops"
 
 
 def test_the_order_of_the_answers_is_tried() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,24 +13,31 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sae_lens import StandardSAE, StandardSAEConfig
 
+from sae_lens_multimodal.adapters.model import VisionLanguageModel
 from sae_lens_multimodal.autointerp.contrastive import Contrastive
+from sae_lens_multimodal.autointerp.embedding import tower_embedding
 from sae_lens_multimodal.autointerp.explain import explain
 from sae_lens_multimodal.autointerp.explanation import Explanation, Shown, read_explanations
+from sae_lens_multimodal.autointerp.general_prompts import GeneralPrompts
 from sae_lens_multimodal.autointerp.judges import FailureKind, JudgeFailure, JudgeRequest, ScriptedJudge
 from sae_lens_multimodal.autointerp.negatives import HardNegatives, decoder_neighbours
+from sae_lens_multimodal.autointerp.places import strongest_spots
 from sae_lens_multimodal.autointerp.procedures import Procedure, Published, base_view_mean, lit_picture
-from sae_lens_multimodal.autointerp.prompts import GeneralPrompts, Meaning
+from sae_lens_multimodal.autointerp.prompts import Meaning
 from sae_lens_multimodal.autointerp.regions import crop, find_regions
 from sae_lens_multimodal.autointerp.results import read_verdicts
 from sae_lens_multimodal.autointerp.score import score
 from sae_lens_multimodal.autointerp.selection import split_examples
 from sae_lens_multimodal.autointerp.styles import RegionStyle
 from sae_lens_multimodal.errors import ConfigError, StoreError
+from sae_lens_multimodal.features.describe import describe_features
+from sae_lens_multimodal.features.picture_vectors import PictureVectors
 from sae_lens_multimodal.features.store import FeatureStore
 from sae_lens_multimodal.scenes.prompt_book import scenes_prompt_book
 from sae_lens_multimodal.scenes.questions import COMMON_QUESTION, MARKS_QUESTION
-from tests.autointerp.sample import COLOURS, TEXT_FEATURE, perfect, seen_colours
+from tests.autointerp.sample import COLOURS, HOOK, TEXT_FEATURE, perfect, seen_colours
 
 BOOK = scenes_prompt_book()
 
@@ -109,10 +117,32 @@ def test_of_several_the_one_that_holds_is_kept(store: FeatureStore, tmp_path: Pa
     accuracy = {one.text: one.validation for one in found.candidates}
     assert accuracy["red striped circle"] == 0.5
     tried = {one.text: one.n for one in found.candidates}
-    assert tried["red striped circle"] == tried["red"] > tried["circle"], "what does badly at first is dropped"
-    assert accuracy["red"] == found.validation
-    assert accuracy["red"] is not None
-    assert accuracy["red"] >= 0.9
+    assert tried["red"] == len(found.validated_on) > tried["circle"] == tried["red striped circle"]
+    assert [one.confirmation for one in found.candidates if one.text != "red"] == [None] * 6
+    assert found.validation is not None
+    assert found.validation >= 0.9
+
+
+def test_what_it_was_chosen_by_does_not_confirm_it(store: FeatureStore, tmp_path: Path) -> None:
+    """A judge that is right about all that a candidate is chosen by, and wrong about all the rest."""
+    (right,) = run(store, perfect, tmp_path / "right", features=[0])
+    chosen_by = {(one.prompt_id, one.box) for one in right.validated_on[::2]}
+    seen: list[JudgeRequest] = []
+
+    def lucky(request: JudgeRequest) -> str:
+        if is_proposal(request):
+            return "red"
+        seen.append(request)
+        truth = perfect(request)
+        return truth if len(seen) <= len(chosen_by) else {"yes": "no", "no": "yes"}[truth]
+
+    (found,) = run(store, lucky, tmp_path / "lucky", features=[0])
+    (candidate,) = found.candidates
+    assert candidate.validation is not None
+    assert candidate.validation >= 0.9
+    assert candidate.confirmation is not None
+    assert candidate.confirmation <= 0.1
+    assert (found.status, found.text) == ("nothing in common", "")
 
 
 def test_what_holds_nowhere_is_no_explanation(store: FeatureStore, tmp_path: Path) -> None:
@@ -147,6 +177,8 @@ def test_failures_are_typed_and_count_as_wrong(store: FeatureStore, tmp_path: Pa
     assert found.text == "", "no answer is no support"
     (candidate,) = found.candidates
     assert (candidate.validation, candidate.n_failed) == (0.0, candidate.n)
+    assert found.failure is not None, "no answer is no refutation either"
+    assert found.failure.kind is FailureKind.TIMEOUT
 
 
 def test_general_book_asks_for_several_and_reads_them(store: FeatureStore, tmp_path: Path) -> None:
@@ -263,7 +295,7 @@ def test_other_procedures_are_other_settings(store: FeatureStore, tmp_path: Path
     "make",
     [
         lambda: Contrastive(n_rounds=0),
-        lambda: Contrastive(least=0.95),
+        lambda: Contrastive(least=1.5),
         lambda: Published(n_pictures=0),
         lambda: Published(dimmed_to=1.0),
     ],
@@ -298,3 +330,69 @@ def test_blank_picture_embeds_without_a_warning(store: FeatureStore) -> None:
     finder = HardNegatives(store, embed=blank)
     assert finder.find(0, firing, silent, 3, style=RegionStyle(), rng=np.random.default_rng(0))
     assert isinstance(firing[0].images[0], Image.Image)
+
+
+@pytest.fixture(scope="module")
+def described(
+    store: FeatureStore, model: VisionLanguageModel, tmp_path_factory: pytest.TempPathFactory
+) -> FeatureStore:
+    """The same store with what the vision tower makes of its pictures; the SAE's directions are arbitrary."""
+    copy = tmp_path_factory.mktemp("described") / "store"
+    shutil.copytree(store.folder, copy)
+    torch.manual_seed(0)
+    config = StandardSAEConfig(d_in=model.d_model, d_sae=store.d_sae)
+    config.metadata.hook_name, config.metadata.model_name = HOOK, str(model.name)
+    return describe_features(model, StandardSAE(config), copy, progress=False)
+
+
+def test_without_an_embedding_the_models_own_tower_finds_what_looks_alike(
+    store: FeatureStore, described: FeatureStore, model: VisionLanguageModel
+) -> None:
+    assert store.picture_vectors is None
+    embed, style = tower_embedding(model), RegionStyle(margin_pixels=0)
+
+    def likeness(known: FeatureStore, feature: int) -> float:
+        """Mean cosine of the silent regions that are taken first with where the feature fires, by their crops."""
+        firing, silent = known.examples(feature, "top", "image"), known.examples(feature, "silent", "image")
+        found = HardNegatives(known).find(feature, firing, silent, 40, style=style, rng=np.random.default_rng(0))
+        similar = [place for place in found if place.source == "similar"][:3]
+        places = [*strongest_spots(firing), *((place.example, place.region) for place in similar)]
+        vectors = embed([crop(one.images[region.image], region, style) for one, region in places])
+        unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+        return float((unit[len(firing) :] @ unit[: len(firing)].mean(axis=0)).mean())
+
+    gains = [likeness(described, feature) - likeness(store, feature) for feature in range(len(COLOURS))]
+    assert np.mean(gains) > 0.02, gains
+
+
+def test_the_tower_is_asked_in_explaining_unless_an_embedding_is_given(
+    described: FeatureStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    real = PictureVectors.region
+
+    def region(self: PictureVectors, image_id: str, *arguments: Any) -> Any:
+        asked.append(image_id)
+        return real(self, image_id, *arguments)
+
+    monkeypatch.setattr(PictureVectors, "region", region)
+    run(described, perfect, tmp_path / "own", features=[0])
+    assert asked
+    asked.clear()
+    given = Contrastive(embed=lambda pictures: np.ones((len(pictures), 3)), embed_name="ones")
+    run(described, perfect, tmp_path / "given", features=[0], procedure=given)
+    assert asked == []
+
+
+def test_described_stores_give_neighbours_and_are_another_setting(
+    store: FeatureStore, described: FeatureStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked: list[int] = []
+    real = HardNegatives._firing_examples
+    monkeypatch.setattr(HardNegatives, "_firing_examples", lambda self, one: looked.append(one) or real(self, one))
+    run(described, perfect, tmp_path / "out", features=[0])
+    known = described.description(0)
+    assert known is not None
+    assert {one.feature for one in known.neighbours} == set(looked)
+    with pytest.raises(StoreError, match="described was True, now False"):
+        run(store, perfect, tmp_path / "out", features=[0])

@@ -11,8 +11,8 @@ import pytest
 import sae_lens_multimodal.autointerp.explain as explain_module
 from sae_lens_multimodal.autointerp.explain import explain
 from sae_lens_multimodal.autointerp.explanation import Explanation, read_explanations
+from sae_lens_multimodal.autointerp.general_prompts import GeneralPrompts
 from sae_lens_multimodal.autointerp.judges import FailureKind, JudgeFailure, JudgeRequest, ScriptedJudge
-from sae_lens_multimodal.autointerp.prompts import GeneralPrompts
 from sae_lens_multimodal.autointerp.records import RecordFolder
 from sae_lens_multimodal.autointerp.regions import find_regions
 from sae_lens_multimodal.autointerp.styles import RegionStyle

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from sae_lens_multimodal.autointerp.explanation import Explanation
+from sae_lens_multimodal.autointerp.general_prompts import GeneralPrompts
 from sae_lens_multimodal.autointerp.judges import (
     Budget,
     BudgetJudge,
@@ -24,7 +25,6 @@ from sae_lens_multimodal.autointerp.judges import (
     Prices,
     ScriptedJudge,
 )
-from sae_lens_multimodal.autointerp.prompts import GeneralPrompts
 from sae_lens_multimodal.autointerp.results import read_verdicts
 from sae_lens_multimodal.autointerp.score import score
 from sae_lens_multimodal.errors import ConfigError, JudgeError

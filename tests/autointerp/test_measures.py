@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from sae_lens import SAE, StandardSAEConfig
 from sklearn.metrics import average_precision_score, roc_auc_score
 from transformers import (
     CLIPConfig,
@@ -24,25 +24,29 @@ from transformers import (
 from sae_lens_multimodal.adapters.model import VisionLanguageModel
 from sae_lens_multimodal.autointerp.embedding import TextImageEmbedding, tower_embedding
 from sae_lens_multimodal.autointerp.explanation import Explanation
-from sae_lens_multimodal.autointerp.judges import FailureKind, JudgeFailure, JudgeRequest, ScriptedJudge
-from sae_lens_multimodal.autointerp.measures import Measure, Measurer, measure, read_measures, summarise_measures
-from sae_lens_multimodal.autointerp.prompts import GeneralPrompts
+from sae_lens_multimodal.autointerp.general_prompts import GeneralPrompts
+from sae_lens_multimodal.autointerp.judges import FailureKind, JudgeFailure, JudgeRequest, Outcome, ScriptedJudge
+from sae_lens_multimodal.autointerp.measure_summary import measure_lines, summarise_measures
+from sae_lens_multimodal.autointerp.measurer import Measure, Measurer
+from sae_lens_multimodal.autointerp.measures import measure, read_measures
+from sae_lens_multimodal.autointerp.metrics import auroc
 from sae_lens_multimodal.autointerp.results import read_scores, read_verdicts, summarise
 from sae_lens_multimodal.autointerp.score import score
-from sae_lens_multimodal.autointerp.scorers.embedding import EmbeddingScorer, auroc
+from sae_lens_multimodal.autointerp.scorers.embedding import EmbeddingScorer
 from sae_lens_multimodal.autointerp.scorers.intruder import IntruderScorer
 from sae_lens_multimodal.autointerp.scorers.masks import MaskScorer
 from sae_lens_multimodal.autointerp.scorers.simulation import SimulationScorer, average_precision
 from sae_lens_multimodal.autointerp.scorers.steering import SteeringScorer
+from sae_lens_multimodal.autointerp.selection import held_out
+from sae_lens_multimodal.autointerp.styles import RegionStyle
 from sae_lens_multimodal.errors import ConfigError, ModelLoadError, SelectionError, StoreError
 from sae_lens_multimodal.features.store import FeatureStore
 from sae_lens_multimodal.scenes.prompt_book import scenes_prompt_book
 from sae_lens_multimodal.scenes.world import make_scene
-from tests.autointerp.sample import COLOURS, HOOK, TEXT_FEATURE, perfect, seen_colours
+from tests.autointerp.sample import COLOURS, HOOK, LAST_HOOK, TEXT_FEATURE, perfect, red_sae, seen_colours
 
 BOOK = scenes_prompt_book()
 RIGHT = [Explanation(feature=feature, text=colour) for feature, colour in enumerate(COLOURS)]
-LAST_HOOK = "blocks.5.hook_resid_post"
 
 
 def run(store: FeatureStore, measurer: Measurer, output: Path, **options: Any) -> list[Measure]:
@@ -88,9 +92,26 @@ def test_intruder_is_found_by_who_sees_and_by_chance_by_who_does_not(store: Feat
     assert np.mean([one.found.values["accuracy"] for one in seeing]) >= 0.8
     assert seeing[0].found.values["chance"] == 0.25
     blind = run(store, IntruderScorer(ScriptedJudge(lambda _: '{"intruder": 2}'), book), tmp_path / "b")
-    assert np.mean([one.found.values["accuracy"] for one in blind]) < 0.6
+    assert [one.found.values["accuracy"] for one in blind] == [0.25] * 4, "it stands in every position equally often"
     wordless = run(store, IntruderScorer(ScriptedJudge([]), BOOK), tmp_path / "c")
     assert wordless[0].found.note == "the prompt book cannot ask for an intruder"
+
+
+def test_the_intruder_is_not_told_by_its_size(store: FeatureStore) -> None:
+    book = GeneralPrompts(fuzz_style=RegionStyle(view="crop", margin_pixels=0))
+    scorer = IntruderScorer(ScriptedJudge([]), book)
+    guesses: list[list[bool]] = []
+    for seed in range(30):
+        for feature in range(len(COLOURS)):
+            rng = np.random.default_rng(seed)
+            examples = held_out(store, feature, "image", prompts=[], images=[], rng=rng)
+            for views, place, _ in scorer._trials(examples, rng):
+                assert len({min(view.size) for view in views}) == 1
+                lengths = [max(view.size) for view in views]
+                apart = [sorted(abs(one - other) for other in lengths)[1] for one in lengths]
+                guesses.append([place == guess for guess in map(np.argmin, (lengths, np.negative(lengths), apart))])
+    assert len(guesses) == 30 * 4 * 4
+    assert np.mean(guesses, axis=0) == pytest.approx(0.25, abs=0.1), "the smallest, the largest, the one with a twin"
 
 
 def test_failures_are_missing_in_one_number_and_wrong_in_the_other(store: FeatureStore, tmp_path: Path) -> None:
@@ -285,20 +306,6 @@ def test_unknown_masks_count_as_nothing_in_the_strict_numbers(store: FeatureStor
         assert one.found.values["iou_strict"] == pytest.approx(one.found.values["iou"] / 2)
 
 
-def red_sae(model: VisionLanguageModel) -> SAE[Any]:
-    """Feature 0 writes the word "red" into the last layer; the others write nothing."""
-    config = StandardSAEConfig(d_in=model.d_model, d_sae=16, dtype="float32", device="cpu")
-    sae = SAE.from_dict(config.to_dict())
-    rows = model._module.get_input_embeddings().weight.detach().float()
-    (word,) = model.tokenizer.encode("red", add_special_tokens=False)
-    with torch.no_grad():
-        for parameter in sae.parameters():
-            parameter.zero_()
-        sae.W_dec[0] = 40 * rows[word] / rows[word].norm()
-    sae.cfg.metadata.hook_name, sae.cfg.metadata.model_name = LAST_HOOK, str(model.name)
-    return sae
-
-
 def test_steering_makes_the_model_say_what_the_feature_writes(
     store: FeatureStore, model: VisionLanguageModel, tmp_path: Path
 ) -> None:
@@ -308,7 +315,14 @@ def test_steering_makes_the_model_say_what_the_feature_writes(
     measurer = SteeringScorer(model, red_sae(model), store, judge, BOOK, asked, max_new_tokens=3)
     explained = [Explanation(feature=0, text="red"), Explanation(feature=1, text="green")]
     red, green = run(store, measurer, tmp_path / "out", explanations=explained)
-    assert red.found.values == {"said_before": 0, "said": 1, "said_random": 0, "effect": 1, "said_strict": 1}
+    assert red.found.values == {
+        "said_before": 0,
+        "said": 1,
+        "said_random": 0,
+        "effect": 1,
+        "said_strict": 1,
+        "effect_strict": 1,
+    }
     assert green.found.values["effect"] == 0
     with pytest.raises(ConfigError, match="expected some"):
         SteeringScorer(model, red_sae(model), store, judge, BOOK, [])
@@ -330,3 +344,112 @@ def test_what_cannot_be_measured_says_why(store: FeatureStore, tmp_path: Path) -
     notes = [one.found.note for one in run(store, MaskScorer(mask_of, source="s"), tmp_path / "o", explanations=odd)]
     assert notes == ["the explainer found nothing in common", "masks does not measure explanations from text"]
     assert HOOK != LAST_HOOK
+
+
+class _Batches(ScriptedJudge):
+    """Notes how many requests come together."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda _: '{"intruder": 2}')
+        self.sizes: list[int] = []
+
+    def _replies(self, requests: Sequence[JudgeRequest]) -> Iterator[tuple[int, Outcome]]:
+        self.sizes.append(len(requests))
+        return super()._replies(requests)
+
+
+def test_many_explanations_ask_together(store: FeatureStore, tmp_path: Path) -> None:
+    judge = _Batches()
+    run(store, IntruderScorer(judge, GeneralPrompts(), n_trials=3), tmp_path / "out")
+    assert judge.sizes == [3 * len(RIGHT)]
+
+
+def test_a_folder_grows_by_explanations_and_measurers(store: FeatureStore, tmp_path: Path) -> None:
+    judge = _Batches()
+    intruder, masks = IntruderScorer(judge, GeneralPrompts()), MaskScorer(mask_of, source="scenes")
+    first = run(store, intruder, tmp_path / "out", explanations=RIGHT[:2])
+    n_asked = len(judge.requests)
+    both = measure(store, RIGHT, [intruder, masks], output=tmp_path / "out", progress=False)
+    assert len(judge.requests) == 2 * n_asked
+    assert [one for one in both if one.measurer == "intruder"][:2] == first
+    assert [(one.feature, one.measurer) for one in both][:3] == [(0, "intruder"), (0, "masks"), (1, "intruder")]
+    assert run(store, masks, tmp_path / "out") == both[1::2], "with some of its measurers, too"
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert {one["measurer"] for one in summary["numbers"]} == {"intruder", "masks"}
+    ledger = json.loads((tmp_path / "out" / "ledger.json").read_text())
+    assert ledger["calls"] == len(judge.requests)
+    with pytest.raises(StoreError, match="other settings of intruder"):
+        run(store, IntruderScorer(judge, GeneralPrompts(), n_trials=2), tmp_path / "out")
+    with pytest.raises(StoreError, match=r"other settings \(seed\)"):
+        run(store, masks, tmp_path / "out", seed=1)
+    with pytest.raises(StoreError, match="another explanation of feature 0 from image: 'red', now 'blue'"):
+        run(store, masks, tmp_path / "out", explanations=[Explanation(feature=0, text="blue")])
+    with pytest.raises(ConfigError, match="explained from image twice"):
+        run(store, masks, tmp_path / "out", explanations=[*RIGHT, RIGHT[0]])
+
+
+def test_what_was_skipped_or_had_no_words_is_measured_once_it_can_be(store: FeatureStore, tmp_path: Path) -> None:
+    nothing = Explanation(feature=0, text="")
+    space: Any = _ColourSpace()
+    skipped = run(store, EmbeddingScorer(None), tmp_path / "out", explanations=[nothing, *RIGHT[1:2]])
+    assert [one.found.note[:8] for one in skipped] == ["the expl", "skipped:"]
+    found = run(store, EmbeddingScorer(space), tmp_path / "out", explanations=RIGHT[:2])
+    assert all(one.found.values and one.control is not None for one in found)
+    assert sorted(read_measures(tmp_path / "out"), key=lambda one: one.feature) == found
+    with pytest.raises(StoreError, match="other settings of embedding"):
+        run(store, EmbeddingScorer(None), tmp_path / "out", explanations=RIGHT[:2])
+
+
+def test_a_control_that_comes_later_is_measured(store: FeatureStore, tmp_path: Path) -> None:
+    masks = MaskScorer(mask_of, source="scenes")
+    (alone,) = run(store, masks, tmp_path / "out", explanations=RIGHT[:1])
+    assert alone.control is None
+    beside = run(store, masks, tmp_path / "out", explanations=RIGHT[:2])
+    assert beside[0].control is not None and beside[0].found == alone.found
+
+
+def test_no_failure_speaks_for_an_explanation(store: FeatureStore, tmp_path: Path) -> None:
+    """Masks are known of one explanation's pictures only in part: strictly missed there, and found for the control."""
+    half = iter(range(1000))
+
+    def sometimes(*given: Any) -> Any:
+        return mask_of(*given) if next(half) % 2 else None
+
+    found = run(store, MaskScorer(sometimes, source="half"), tmp_path / "out", explanations=RIGHT[:2])
+    for one in found:
+        assert one.found.values["iou_strict"] < one.found.values["iou"]
+        assert one.control is not None
+        assert one.control.values["iou_strict"] == pytest.approx((1 + one.control.values["iou"]) / 2)
+    (lift,) = [one for one in summarise_measures(found) if one.value == "iou_strict"]
+    (plain,) = [one for one in summarise_measures(found) if one.value == "iou"]
+    assert lift.lift is not None and plain.lift is not None
+    assert lift.lift.mean < plain.lift.mean
+
+
+def test_a_picture_that_fails_counts_as_its_opposite(store: FeatureStore, tmp_path: Path) -> None:
+    failing = ScriptedJudge(lambda request: JudgeFailure.of(request, FailureKind.SERVER, "down"))
+    for one in run(store, SimulationScorer(failing, BOOK), tmp_path / "out"):
+        assert set(one.found.values) == {"correlation_strict", "average_precision_strict"}
+        assert one.found.values["correlation_strict"] < -0.3
+        assert one.found.n_failed == one.found.n == 6
+
+
+def test_steering_counts_failures_against_the_explanation(
+    store: FeatureStore, model: VisionLanguageModel, tmp_path: Path
+) -> None:
+    asked = [[{"role": "user", "content": [{"type": "text", "text": "a blue square . what is in the picture ?"}]}]]
+    failing = ScriptedJudge(lambda request: JudgeFailure.of(request, FailureKind.SERVER, "down"))
+    scorer = SteeringScorer(model, red_sae(model), store, failing, BOOK, asked, max_new_tokens=3)
+    (one,) = run(store, scorer, tmp_path / "out", explanations=RIGHT[:1])
+    assert one.found.values == {"said_strict": 0.0, "effect_strict": -1.0}
+    assert one.found.n_failed == one.found.n == 3
+
+
+def test_lines_of_measures_show_numbers_and_reasons(store: FeatureStore, tmp_path: Path) -> None:
+    found = measure(
+        store, RIGHT, [MaskScorer(mask_of, source="s"), EmbeddingScorer(None)], output=tmp_path, progress=False
+    )
+    lines = measure_lines(found)
+    (pointing,) = [line for line in lines if line.startswith("| masks | image | pointing |")]
+    assert "| 4 of 4 |" in pointing and "top " in pointing
+    assert lines[-1].startswith("embedding, explanations from image: 4 without numbers: skipped: no CLIP")

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from sae_lens_multimodal.autointerp.general_prompts import GeneralPrompts, json_object
 from sae_lens_multimodal.autointerp.judges import JudgeRequest
-from sae_lens_multimodal.autointerp.prompts import GeneralPrompts, json_object
 from sae_lens_multimodal.autointerp.styles import RegionStyle
 from sae_lens_multimodal.errors import ConfigError
 from sae_lens_multimodal.scenes import questions as q

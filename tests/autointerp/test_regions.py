@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from sae_lens_multimodal.autointerp.drawing import (
+    GROUND,
     colours,
     crop,
     dim,
@@ -20,7 +21,9 @@ from sae_lens_multimodal.autointerp.drawing import (
     outline,
     show,
     shown_box,
+    side_by_side,
 )
+from sae_lens_multimodal.autointerp.general_prompts import GeneralPrompts
 from sae_lens_multimodal.autointerp.regions import (
     Region,
     connected_groups,
@@ -29,7 +32,7 @@ from sae_lens_multimodal.autointerp.regions import (
     moved_heat,
     silent_region,
 )
-from sae_lens_multimodal.autointerp.styles import RegionStyle
+from sae_lens_multimodal.autointerp.styles import VIEWS, RegionStyle, View
 from sae_lens_multimodal.errors import ConfigError, SelectionError
 from sae_lens_multimodal.features.example import Example
 from sae_lens_multimodal.features.store import FeatureStore
@@ -87,6 +90,105 @@ def test_base_view_where_no_tile_fires(store: FeatureStore) -> None:
     assert (found.view, found.tokens) == ("base", (int(base[7]),))
     assert found.box == tuple(example.layout.boxes[0, base[7]].tolist())
     assert find_regions(_with(example, np.zeros_like(values))) == []
+
+
+def _views(example: Example) -> tuple[np.ndarray, np.ndarray]:
+    """Positions of the patches of the base view and of the tiles."""
+    boxes, tile = example.layout.boxes[0].numpy(), example.layout.tile[0].numpy()
+    has_area = np.nan_to_num((boxes[:, 2:] - boxes[:, :2]).min(axis=1)) > 0
+    return np.flatnonzero((tile == 0) & has_area), np.flatnonzero((tile > 0) & has_area)
+
+
+def _tiles_in(example: Example, patch: int, wider: float) -> set[int]:
+    """Patches of the tiles that lie, at least a little, in a patch of the base view that is wider by some pixels."""
+    x0, y0, x1, y1 = example.layout.boxes[0, patch].tolist()
+    box = Box(x0 - wider, y0 - wider, x1 + wider, y1 + wider)
+    return set(example.layout.tokens_in(box, view="tiles", min_overlap=0.0).tolist())
+
+
+def _rounding(example: Example, tokens: np.ndarray) -> float:
+    boxes = example.layout.boxes[0].numpy()[tokens]
+    return 0.05 * float((boxes[:, 2:] - boxes[:, :2]).min(initial=1e9))
+
+
+def _under(example: Example, patch: int, tokens: np.ndarray | None = None) -> set[int]:
+    """Patches of the tiles under a patch of the base view, beyond a twentieth of the smallest of some patches."""
+    return _tiles_in(example, patch, -_rounding(example, _views(example)[1] if tokens is None else tokens))
+
+
+def _near(example: Example, patch: int, tokens: np.ndarray | None = None) -> set[int]:
+    """Patches of the tiles under a patch of the base view, or beside it."""
+    return _tiles_in(example, patch, _rounding(example, _views(example)[1] if tokens is None else tokens))
+
+
+def test_a_region_in_both_views_has_the_tiles_extent_and_the_stronger_views_peak(store: FeatureStore) -> None:
+    for example in image_examples(store)[:8]:
+        base, _ = _views(example)
+        fine = sorted(_under(example, int(base[14])))[0]
+        values = np.zeros(len(example.tokens), dtype=np.float32)
+        values[fine], values[base[14]] = 2.0, 3.0
+        (found,) = find_regions(_with(example, values))
+        assert (found.view, found.tokens, found.peak) == ("tiles", (fine,), 3.0)
+        assert found.box == tuple(example.layout.boxes[0, fine].tolist())
+
+
+def test_what_fires_in_the_base_view_alone_is_not_lost(store: FeatureStore) -> None:
+    for example in image_examples(store)[:8]:
+        base, _ = _views(example)
+        fine = sorted(_under(example, int(base[0])))[0]
+        values = np.zeros(len(example.tokens), dtype=np.float32)
+        values[fine], values[base[-1]], values[base[-2]] = 2.0, 3.0, 1.6
+        first, second = find_regions(_with(example, values))
+        assert (first.view, first.tokens, first.peak) == ("base", (int(base[-2]), int(base[-1])), 3.0)
+        assert (second.view, second.tokens, second.peak) == ("tiles", (fine,), 2.0)
+
+
+def test_the_blurred_edge_of_a_region_of_the_tiles_is_no_region(store: FeatureStore) -> None:
+    tried = 0
+    for example in image_examples(store):
+        base, _ = _views(example)
+        left, right = int(base[14]), int(base[15])
+        bordering = _under(example, left) & _near(example, right) - _under(example, right)
+        if not bordering:  # the grids of the two views do not meet there
+            continue
+        tried += 1
+        touching = min(bordering)
+        values = np.zeros(len(example.tokens), dtype=np.float32)
+        values[[touching, left, right]] = 2.0, 2.0, 4.0
+        (found,) = find_regions(_with(example, values))
+        assert (found.tokens, found.peak) == ((touching,), 4.0)
+        values[left] = 0.0
+        assert len(find_regions(_with(example, values))) == 2, "the base view shows nothing of what the tile shows"
+    assert tried >= 3
+
+
+@settings(deadline=None, max_examples=60)
+@given(seed=st.integers(0, 10_000), n_base=st.integers(0, 8), n_fine=st.integers(0, 8))
+def test_every_firing_patch_is_in_a_region_or_shown_more_finely(
+    store: FeatureStore, seed: int, n_base: int, n_fine: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    example = image_examples(store)[seed % 8]
+    base, fine = _views(example)
+    fires = [rng.choice(base, n_base, replace=False), rng.choice(fine, n_fine, replace=False)]
+    values = np.zeros(len(example.tokens), dtype=np.float32)
+    values[np.concatenate(fires)] = rng.uniform(1, 2, n_base + n_fine)
+    found = find_regions(_with(example, values))
+    of_tiles = [one for one in found if one.view == "tiles"]
+    assert max((one.peak for one in found), default=0.0) == pytest.approx(values.max(initial=0.0))
+    fine_alone = np.where(np.isin(np.arange(len(values)), fires[1]), values, np.float32(0))
+    tiles_alone = find_regions(_with(example, fine_alone), threshold=0.1)
+    assert {one.box for one in of_tiles} == {one.box for one in tiles_alone}, "none grows by a coarser patch"
+    tokens = [token for one in found for token in one.tokens]
+    assert len(set(tokens)) == len(tokens)
+    every = np.concatenate(fires)
+    shown = {patch: _under(example, patch, every) & set(fires[1].tolist()) for patch in fires[0].tolist()}
+    for group in connected_groups(example.layout.boxes[0].numpy()[fires[0]]):
+        patches = fires[0][group].tolist()
+        for patch in patches:
+            blurred = _near(example, patch, every) & set(fires[1].tolist()) and any(shown[one] for one in patches)
+            assert patch in tokens or shown[patch] or blurred
+            assert not (patch in tokens and shown[patch])
 
 
 def _with(example: Example, values: np.ndarray) -> Example:
@@ -252,11 +354,50 @@ def test_outline_lies_on_the_border_and_on_a_copy() -> None:
 
 def test_views() -> None:
     one = region((20, 30, 30, 40))
-    assert [view.size for view in show(GREY, one, RegionStyle(view="crop"))] == [(20, 20)]
-    assert [view.size for view in show(GREY, one, RegionStyle(view="marked"))] == [GREY.size]
-    both = show(GREY, one, RegionStyle(view="both"))
-    assert [view.size for view in both] == [(20, 20), GREY.size]
-    assert both[1].tobytes() == mark(GREY, one, RegionStyle()).tobytes()
+    sizes = {view: [image.size for image in _shown(one, view)] for view in VIEWS if view != "heat"}
+    whole = GREY.size
+    assert sizes == {
+        "crop": [(20, 20)],
+        "outlined": [whole],
+        "dimmed": [whole],
+        "marked": [whole],
+        "both": [(20, 20), whole],
+        "side_by_side": [(100 + 2 + 80, 80)],
+    }
+    style = RegionStyle()
+    assert _shown(one, "both")[1].tobytes() == _shown(one, "marked")[0].tobytes() == mark(GREY, one, style).tobytes()
+    assert _shown(one, "outlined")[0].tobytes() == outline(GREY, one, style).tobytes()
+    assert _shown(one, "dimmed")[0].tobytes() == dim(GREY, one, style).tobytes()
+
+
+def _shown(one: Region, view: View) -> list[Image.Image]:
+    return show(GREY, one, RegionStyle(view=view))
+
+
+def test_side_by_side_shows_picture_and_region_in_one_image() -> None:
+    picture = GREY.copy()
+    picture.paste((255, 0, 0), (20, 30, 40, 35))
+    one = region((20, 30, 40, 35))
+    style = RegionStyle(view="side_by_side", margin_pixels=0)
+    shown = np.asarray(side_by_side(picture, one, style))
+    assert shown.shape == (80, 100 + 2 + 100, 3)
+    assert (shown[:, :100] == np.asarray(outline(picture, one, style))).all()
+    cut = shown[:, 102:]
+    red = (cut == (255, 0, 0)).all(axis=-1)
+    rows = np.flatnonzero(red.any(axis=1))
+    assert red[rows].all(), "as wide as the picture"
+    assert (rows[0], rows[-1], len(rows)) == (27, 51, 25), "as high as its shape allows, in the middle"
+    assert (cut[:27] == GROUND).all()
+    (large,) = show(picture, one, replace(style, min_side_pixels=160))
+    assert large.size == (404, 160)
+
+
+def test_every_view_is_spelt_and_told_to_the_judge() -> None:
+    books = [GeneralPrompts(fuzz_style=RegionStyle(view=view), explain_style=RegionStyle(view=view)) for view in VIEWS]
+    assert len({book.version for book in books}) == len(VIEWS)
+    told = [book.fuzz_image("red", [GREY]).text.split(" Description")[0] for book in books]
+    assert all("(" in one for one in told)
+    assert len(set(told)) == len(VIEWS)
 
 
 def test_heat_view_needs_a_heat_map_and_shows_it() -> None:

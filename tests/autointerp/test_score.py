@@ -12,8 +12,8 @@ import pytest
 
 from sae_lens_multimodal.autointerp.explain import explain
 from sae_lens_multimodal.autointerp.explanation import Explanation
+from sae_lens_multimodal.autointerp.general_prompts import GeneralPrompts
 from sae_lens_multimodal.autointerp.judges import FailureKind, JudgeFailure, JudgeRequest, ScriptedJudge
-from sae_lens_multimodal.autointerp.prompts import GeneralPrompts
 from sae_lens_multimodal.autointerp.results import Score, read_scores, read_verdicts, score_of, summarise
 from sae_lens_multimodal.autointerp.score import score
 from sae_lens_multimodal.autointerp.scorers import SCORERS, Sampling
@@ -333,7 +333,7 @@ def test_bad_settings(store: FeatureStore, explanations: list[Explanation], tmp_
 
 def test_scorers_are_registered_under_their_names() -> None:
     assert {name: scorer.name for name, scorer in SCORERS.items()} == {
-        name: name for name in ("detection", "detection_crop", "fuzzing")
+        name: name for name in ("detection", "detection_crop", "fuzzing", "fuzzing_joint")
     }
 
 

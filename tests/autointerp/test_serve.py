@@ -11,13 +11,17 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from sae_lens_multimodal.adapters.model import VisionLanguageModel
 from sae_lens_multimodal.autointerp.explain import explain
+from sae_lens_multimodal.autointerp.explanation import Explanation
 from sae_lens_multimodal.autointerp.judges import JudgeReply, JudgeRequest, OpenAIJudge, Outcome, TransformersJudge
+from sae_lens_multimodal.autointerp.measures import measure
+from sae_lens_multimodal.autointerp.scorers.surprisal import SurprisalScorer
 from sae_lens_multimodal.features.store import FeatureStore
 from sae_lens_multimodal.scenes import make_scene, model_folder
 from sae_lens_multimodal.scenes.prompt_book import scenes_prompt_book
@@ -108,3 +112,20 @@ def test_features_are_explained_through_the_server(
     ]
     assert len(there) == 5
     assert {one.judge for one in there} == {served.id}
+
+
+def test_a_real_server_that_gives_no_log_probabilities_answers_and_surprisal_is_skipped(
+    served: OpenAIJudge, model: VisionLanguageModel, store: FeatureStore, tmp_path: Path
+) -> None:
+    book = scenes_prompt_book()
+    asked = book.detect_image("red circle", make_scene(0).image)
+    assert asked is not None
+    here = TransformersJudge(model).ask(asked)
+    there = served.ask(replace(asked, top_log_probabilities=5))
+    assert isinstance(there, JudgeReply)
+    assert (there.text, there.log_probabilities) == (texts([here])[0], None)
+    explained = [Explanation(feature=0, text="red"), Explanation(feature=1, text="green")]
+    scorer = SurprisalScorer(served, book)
+    found = measure(store, explained, [scorer], output=tmp_path / "out", progress=False)
+    assert {one.found.note for one in found} == {"skipped: the judge gives no log-probabilities"}
+    assert served.ledger.calls == 2

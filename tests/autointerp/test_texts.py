@@ -15,7 +15,9 @@ from sae_lens_multimodal.features.example import Example, StoredPrompt
 from sae_lens_multimodal.types import Modality
 
 
-def example(tokens: list[str], values: dict[int, float], modality: dict[int, Modality] | None = None) -> Example:
+def example(
+    tokens: list[str], values: dict[int, float], modality: dict[int, Modality] | None = None, *, prompt_id: int = 0
+) -> Example:
     kinds = [(modality or {}).get(index, Modality.TEXT) for index in range(len(tokens))]
     n = len(tokens)
     layout = TokenLayout(
@@ -29,7 +31,7 @@ def example(tokens: list[str], values: dict[int, float], modality: dict[int, Mod
     def no_image(_: str) -> Any:
         raise AssertionError
 
-    prompt = StoredPrompt(0, "[]", tokens, layout, [], no_image)
+    prompt = StoredPrompt(prompt_id, "[]", tokens, layout, [], no_image)
     return Example(
         feature=0,
         kind="top",

@@ -82,6 +82,20 @@ def test_features_of_the_hot_cell_are_named(
     assert "corrupted token" not in best
     assert hottest.endswith("(a corrupted token)")
     assert any(line.startswith("logit_difference: clean") for line in printed)
+    assert "at mean" not in printed[at]
+    assert main([*arguments, *more, "--reference", str(tmp_path / "twin.png"), "--output", str(tmp_path / "page")]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    at = next(at for at, line in enumerate(printed) if line.startswith("feature  "))
+    assert printed[at].endswith("at mean  explanation")
+    means = read_json(tmp_path / "page" / "trace.json")[case.clean.question]["together"]["mean_ablated"]
+    assert float(printed[at + 3].split()[-1]) == pytest.approx(means["found"], abs=6e-4)
+    assert [line.split(" at mean")[0].strip() for line in printed[at + 5 : at + 8]] == [
+        "all others",
+        "all features",
+        "value",
+    ]
+    assert float(printed[at + 7].split()[-1]) == pytest.approx(means["value"], abs=6e-4)
+    assert len(printed[at + 7]) == len(printed[at + 3])
 
 
 @pytest.mark.parametrize(

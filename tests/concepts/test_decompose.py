@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 from sklearn.decomposition import DictionaryLearning
+from sklearn.exceptions import ConvergenceWarning
 
 from sae_lens_multimodal.concepts.decompose import METHODS, decompose, kmeans, largest_rows, pca, sae_features
 from sae_lens_multimodal.concepts.dictionary import find_concepts
 from sae_lens_multimodal.concepts.semi_nmf import objective, semi_nmf, spread_rows
 from sae_lens_multimodal.concepts.states import ConceptStates
 from sae_lens_multimodal.errors import ConfigError, SAEMismatchError
+from sae_lens_multimodal.hooks.concept_sae import optimal_codes
 from tests.concepts.concept_samples import planted
 from tests.hooks.hook_samples import build_sae
 
@@ -37,7 +41,7 @@ def test_a_planted_dictionary_is_recovered(seed: int) -> None:
 
 
 @pytest.mark.parametrize("length", [0.0, 2.0, 20.0])
-def test_a_common_mean_is_kept_apart(length: float) -> None:
+def test_a_common_mean_is_kept_apart(length: float, caplog: pytest.LogCaptureFixture) -> None:
     varying, concepts, _ = planted(2, n=500, d=256, k=8)
     mean = torch.randn(256, generator=torch.Generator().manual_seed(9))
     states = varying + length * mean / mean.norm()
@@ -48,8 +52,38 @@ def test_a_common_mean_is_kept_apart(length: float) -> None:
     assert float(rest.square().sum() / (states - states.mean(0)).square().sum()) < 0.02
     history = torch.tensor(found.objective)
     assert (history[1:] <= history[:-1] * (1 + 1e-5) + 1e-4).all()
+    assert not caplog.text
+    without = find_concepts(states, 8)
+    assert ("offset=True" in caplog.text) == (length > 10)
     if length > 10:
-        assert matched_cosines(find_concepts(states, 8).concepts, concepts).min() < 0.8
+        assert matched_cosines(without.concepts, concepts).min() < 0.8
+
+
+def test_without_an_offset_the_objective_itself_prefers_other_concepts() -> None:
+    """So neither more starts nor a better beginning help: begun at the truth, scikit-learn leaves it for less."""
+    varying, concepts, _ = planted(0, n=500, d=256, k=8)
+    mean = torch.randn(256, generator=torch.Generator().manual_seed(99))
+    mean /= mean.norm()
+    states = varying + 10 * mean
+    alpha = 0.02 * float(states.norm(dim=1).mean())
+    truth = torch.cat([concepts, mean[None]])
+    codes = optimal_codes(states.double() @ truth.double().T, truth.double() @ truth.double().T, l1=alpha).float()
+    at_truth = objective(states, truth, codes, alpha)
+    ends = [semi_nmf(states, 9, alpha=alpha, seed=seed) for seed in range(3)]
+    values = [one.objective[-1] for one in ends]
+    assert max(values) < 0.9 * at_truth
+    assert max(values) - min(values) < 0.001 * at_truth
+    theirs = DictionaryLearning(
+        9, alpha=alpha, positive_code=True, fit_algorithm="cd", transform_algorithm="lasso_cd", transform_alpha=alpha,
+        max_iter=100, dict_init=truth.double().numpy(), code_init=codes.double().numpy(), random_state=0,
+    )  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        their_codes = torch.from_numpy(theirs.fit_transform(states.double().numpy())).float()
+    their_concepts = torch.from_numpy(theirs.components_).float()
+    assert objective(states, their_concepts, their_codes, alpha) < 0.9 * at_truth
+    for found in (*(one.concepts for one in ends), their_concepts):
+        assert matched_cosines(found, concepts).min() < 0.9
 
 
 def test_recovery_needs_what_was_planted() -> None:

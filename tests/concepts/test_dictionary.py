@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,9 @@ import torch
 from sae_lens import SAE
 
 from sae_lens_multimodal.adapters.model import VisionLanguageModel
+from sae_lens_multimodal.autointerp.explain import explain
+from sae_lens_multimodal.autointerp.judges import ScriptedJudge
+from sae_lens_multimodal.autointerp.score import score
 from sae_lens_multimodal.concepts.decompose import Method
 from sae_lens_multimodal.concepts.dictionary import ConceptDictionary, find_concepts
 from sae_lens_multimodal.concepts.ground import ground_concepts
@@ -26,6 +30,8 @@ from sae_lens_multimodal.hooks.load_sae import load_sae
 from sae_lens_multimodal.hooks.metrics import ContinuationLogProbability
 from sae_lens_multimodal.hooks.read import read_activations
 from sae_lens_multimodal.hooks.steer import steer
+from sae_lens_multimodal.hooks.trace_corruptions import ReplaceTokens
+from sae_lens_multimodal.hooks.trace_story import trace_features
 from sae_lens_multimodal.report.build import build_report
 from tests.concepts.concept_samples import HOOK, planted
 from tests.hooks.hook_samples import build_sae
@@ -130,6 +136,38 @@ def test_harvest_and_report_take_it(
     assert torch.allclose(codes[example.positions], torch.from_numpy(example.values.copy()), atol=1e-2)
     index = build_report(FeatureStore.open(tmp_path / "store"), output=tmp_path / "report")
     assert index.is_file()
+
+
+def test_autointerp_takes_it(
+    model: VisionLanguageModel, rows: list[dict[str, Any]], dictionary: ConceptDictionary, tmp_path: Path
+) -> None:
+    dictionary.save(tmp_path / "concepts")
+    sae = load_sae(tmp_path / "concepts")
+    store = harvest(model, sae, rows, tmp_path / "store", n_top=6, n_ordinary=2, n_silent=4, progress=False)
+    said = json.dumps({"common": True, "explanation": "the texture of a thing", "label": "texture"})
+    judge = ScriptedJudge(lambda request: said if '"common"' in request.text else '{"answer": "yes"}')
+    made = explain(store, judge, output=tmp_path / "explained", features=[0, 1], progress=False)
+    assert [(one.feature, one.text) for one in made] == [(0, "the texture of a thing"), (1, "the texture of a thing")]
+    found = score(store, judge, made, output=tmp_path / "scored", progress=False)
+    assert {(one.feature, one.scorer) for one in found} == {
+        (k, name) for k in (0, 1) for name in ("detection", "fuzzing")
+    }
+    # a judge that always says yes
+    measured = [(one.tpr, one.fpr, one.balanced_accuracy) for one in found if not one.note]
+    assert len(measured) >= 2
+    assert set(measured) == {(1.0, 1.0, 0.5)}
+
+
+def test_a_trace_names_concepts(
+    model: VisionLanguageModel, rows: list[dict[str, Any]], dictionary: ConceptDictionary
+) -> None:
+    clean = row_to_prompt(rows[0]).messages[:1]
+    found = trace_features(
+        model, dictionary.to_sae(), clean, ReplaceTokens([-3], seed=1), positions="last", min_gap=None, n_features=2
+    )
+    assert found.hook_name == HOOK
+    assert found.n_active >= 1
+    assert {one.feature for one in found.features} <= set(range(dictionary.k))
 
 
 def test_steering_adds_the_concept(

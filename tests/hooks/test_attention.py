@@ -12,9 +12,9 @@ from torch import Tensor
 from sae_lens_multimodal.adapters.batch import EncodedBatch
 from sae_lens_multimodal.adapters.model import VisionLanguageModel, load_model
 from sae_lens_multimodal.adapters.random_models import random_llava_next
-from sae_lens_multimodal.errors import ConfigError, SelectionError
+from sae_lens_multimodal.errors import ConfigError, SelectionError, UnsupportedModelError
 from sae_lens_multimodal.hooks.attention import attention_contributions
-from sae_lens_multimodal.hooks.attention_knockout import knock_out
+from sae_lens_multimodal.hooks.attention_knockout import attention_call, knock_out
 from sae_lens_multimodal.hooks.changes import Add
 from sae_lens_multimodal.hooks.read import read_activations
 from sae_lens_multimodal.hooks.steer import steer
@@ -231,8 +231,20 @@ def test_what_cannot_be_knocked_out_is_refused(model: VisionLanguageModel) -> No
         knock_out(model, "image", "last", layers=[4])
     with pytest.raises(ConfigError, match="heads 0 to 3"):
         knock_out(model, "image", "last", heads=[4])
+    with pytest.raises(UnsupportedModelError, match="does not call"):
+        attention_call(model, "lm_head")
+
+
+def test_a_model_without_an_adapter_is_taken_apart_and_knocked_out_alike(model: VisionLanguageModel) -> None:
     module, processor = random_llava_next()
-    other = load_model(module, processor=processor)
-    other._module.config.text_config._attn_implementation = "flash_attention_2"
-    with pytest.raises(ConfigError, match="flash_attention_2"):
-        knock_out(other, "image", "last")
+    generic = load_model(module, processor=processor, family="generic")
+    found = []
+    for one in (model, generic):
+        batch = one.encode(PROMPT, add_generation_prompt=True)
+        # what is a picture's, newlines among it, is all that is known without an adapter
+        edited = knock_out(one, list(range(5, 40)), "last", layers=[1])
+        with torch.no_grad(), edited.trace(**batch):
+            logits = edited.output.logits.save()
+        found.append((logits[0, -1], attention_contributions(one, PROMPT).by_source()))
+    for exact, structural in zip(*found, strict=True):
+        assert torch.allclose(exact, structural, atol=1e-5)

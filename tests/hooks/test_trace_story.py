@@ -14,7 +14,7 @@ from sae_lens_multimodal.hooks.changes import Ablate
 from sae_lens_multimodal.hooks.read import read_activations
 from sae_lens_multimodal.hooks.steer import steer
 from sae_lens_multimodal.hooks.trace_corruptions import ReplaceTokens
-from sae_lens_multimodal.hooks.trace_findings import HeldOut, TraceStory
+from sae_lens_multimodal.hooks.trace_findings import Confirmation, HeldOut, Reference, TraceStory
 from sae_lens_multimodal.hooks.trace_result import Cell
 from sae_lens_multimodal.hooks.trace_story import trace_features
 from tests.hooks.hook_samples import HOOK, SAE, build_sae
@@ -37,6 +37,7 @@ def story(model: VisionLanguageModel, sae: SAE[Any]) -> TraceStory:
         n_features=3,
         cell=Cell("resid", 0, 0, "picture", 0.0),
         held_out=[HeldOut(CLEAN, CORRUPTED), HeldOut(*OTHERS, answer="blue", tokens="last")],
+        reference=[*OTHERS, CLEAN],
         explanations={feature: f"says {feature}" for feature in range(0, 96, 2)},
     )
 
@@ -89,6 +90,52 @@ def test_the_numbers_are_those_of_steering_by_hand(
         assert lost == pytest.approx((high - _log_probability(model, logits[0])) / (high - low), abs=1e-3)
 
 
+def test_means_are_put_in_their_place_as_by_hand(model: VisionLanguageModel, sae: SAE[Any], story: TraceStory) -> None:
+    batches = [model.encode(one, add_generation_prompt=True) for one in (*OTHERS, CLEAN, CORRUPTED)]
+    places = list(story.trace.units[story.cell.unit].positions)
+    from_end = [place - batches[2].layout.n_tokens for place in places]
+    values = [read_activations(model, batch, HOOK)[HOOK][0] for batch in batches[:3]]
+    usual = torch.cat([value[from_end] for value in values])
+    z = sae.encode(usual).mean(0)
+    high, low = (_log_probability(model, plain_logits(model, batch)) for batch in batches[2:])
+
+    def lost(changed: torch.Tensor) -> float:
+        value = values[2].clone()
+        value[places] = changed
+        with model.trace(**batches[2]):
+            model.hooks[HOOK] = value[None]
+            logits = model.output.logits.save()
+        return (high - _log_probability(model, logits[0])) / (high - low)
+
+    clean = values[2][places]
+    delta = z - sae.encode(clean)
+    chosen = [finding.feature for finding in story.features]
+    others = [feature for feature in range(96) if feature not in chosen]
+    found = story.together.mean_ablated
+    assert found is not None
+    for measured, features in (
+        (found.found, chosen),
+        (found.others, others),
+        (found.all_features, list(range(96))),
+        *((one.mean_ablated, [one.feature]) for one in story.features),
+    ):
+        assert measured == pytest.approx(lost(clean + delta[:, features] @ sae.W_dec[features]), abs=1e-3)
+    assert found.value == pytest.approx(lost(usual.mean(0).expand_as(clean)), abs=1e-3)
+    assert found.random is not None
+    other = story.held_out[1].mean_ablated
+    assert other is not None
+    assert other.value != pytest.approx(found.value, abs=1e-3)
+    assert story.to_dict()["together"]["mean_ablated"]["others"] == found.others
+    only = trace_features(
+        model, sae, CLEAN, CORRUPTED, answer="red", positions="last", min_gap=None, n_features=1,
+        reference=Reference([CORRUPTED], tokens="last"),
+    )  # fmt: skip
+    # the mean over the corrupted prompt alone is what the corrupted run has there
+    assert only.features[0].mean_ablated == pytest.approx(only.features[0].exchanged, abs=1e-4)
+    with pytest.raises(SelectionError, match="no reference prompts"):
+        trace_features(model, sae, CLEAN, CORRUPTED, answer="red", positions="last", min_gap=None, reference=[])
+
+
 def test_features_are_chosen_one_after_the_other(model: VisionLanguageModel, sae: SAE[Any], story: TraceStory) -> None:
     fewer = trace_features(
         model, sae, CLEAN, CORRUPTED, answer="red", positions={"picture": "image"}, min_gap=None, n_features=2,
@@ -98,6 +145,8 @@ def test_features_are_chosen_one_after_the_other(model: VisionLanguageModel, sae
         f"says {one.feature}" if one.feature % 2 == 0 else None for one in story.features
     ]
     assert all(one.explanation is None for one in fewer.features)
+    assert fewer.together.mean_ablated is None
+    assert fewer.features[0].mean_ablated is None
     assert story.together.n_random == 8
     assert fewer.at_corrupted  # there is no other token to look at
     assert story.to_dict()["features"][0]["feature"] == story.features[0].feature
@@ -131,11 +180,17 @@ def test_a_cell_is_not_hot_because_it_undoes_the_corruption(
             trace_features(model, sae, CLEAN, CORRUPTED, answer="red", min_gap=None, cell=cell)
 
 
+def _plain(found: Confirmation) -> list[dict[str, float]]:
+    whole = found.to_dict()
+    return [whole.pop("mean_ablated"), whole]
+
+
 def test_held_out_prompts_are_measured_by_themselves(
     model: VisionLanguageModel, sae: SAE[Any], story: TraceStory
 ) -> None:
     same, other = story.held_out
-    assert vars(same) == pytest.approx(vars(story.together), abs=1e-5)
+    for one, two in zip(_plain(same), _plain(story.together), strict=True):
+        assert one == pytest.approx(two, abs=1e-5)
     features = {one.feature: Ablate() for one in story.features}
     batches = [model.encode(one, add_generation_prompt=True) for one in OTHERS]
     blue = int(model.tokenizer.convert_tokens_to_ids("blue"))
@@ -154,6 +209,14 @@ def test_held_out_prompts_are_measured_by_themselves(
         trace_features(
             model, sae, CLEAN, CORRUPTED, answer="red", positions="last", min_gap=-1, held_out=[HeldOut(CLEAN, CLEAN)]
         )
+
+
+def test_runs_that_are_the_same_have_no_features(model: VisionLanguageModel, sae: SAE[Any]) -> None:
+    settings: dict[str, Any] = {"answer": "red", "positions": "last", "min_gap": None}
+    with pytest.raises(NoGapError, match="bring nothing back"):
+        trace_features(model, sae, CLEAN, CLEAN, **settings)
+    with pytest.raises(NoGapError, match="bring nothing back"):
+        trace_features(model, sae, CLEAN, CORRUPTED, held_out=[HeldOut(CLEAN, CLEAN)], **settings)
 
 
 def test_random_features_are_of_like_weight(model: VisionLanguageModel, sae: SAE[Any], story: TraceStory) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,26 +11,35 @@ import numpy as np
 import torch
 
 from sae_lens_multimodal.adapters.layout import TokenLayout
-from sae_lens_multimodal.autointerp.explanation import Explanation
+from sae_lens_multimodal.autointerp.explanation import Candidate, Explanation, Shown
 from sae_lens_multimodal.autointerp.judges.base import FailureKind, JudgeFailure
+from sae_lens_multimodal.autointerp.measurer import Measure, Measured
 from sae_lens_multimodal.autointerp.regions import find_regions
 from sae_lens_multimodal.autointerp.results import Score, Verdict, score_of
 from sae_lens_multimodal.autointerp.styles import RegionStyle
 from sae_lens_multimodal.features.store import FeatureStore
 from sae_lens_multimodal.features.writer import StoreWriter
-from sae_lens_multimodal.report.records import OutputToken, SteeringRecord, SummaryTable
+from sae_lens_multimodal.report.records import OutputToken, Run, SteeringRecord, SummaryTable
 from sae_lens_multimodal.scenes.world import Scene, make_scene
-from sae_lens_multimodal.types import Modality
+from sae_lens_multimodal.types import Box, Modality
 
 CROPPED = RegionStyle(margin_pixels=4.0, min_side_pixels=96)
 """How the judge saw all regions but the first of each list, of which that is not known."""
-GRID = 12
-"""Patches a side."""
+GRID, BASE_GRID = 12, 6
+"""Patches a side, of the tiles together and of the view of the whole picture."""
 COLOURS = ("red", "green", "blue", "yellow")
 EVIL = "<script>window.hacked = true</script>"
 EVIL_ATTRIBUTE = '" onmouseover="window.hacked = true'
 EVIL_IMAGE = "<img src=x onerror='window.hacked = true'>"
 EVIL_END = "</script><script>window.hacked = true</script>"
+EVIL_LINES = "\u2028window.hacked = true\u2029\n*/window.hacked = true//${window.hacked = true}`'\\"
+"""Ends a line, a comment and every kind of string."""
+EVIL_LINK = "javascript:window.hacked=true"
+EVIL_STYLE = "0;} body { display: none; } </style><style>* { display: none }"
+SETTINGS = {"model_name": "sample", "dataset": {"name": f"data {EVIL_IMAGE}"}}
+HALF = "\ud83d"
+"""Half of a surrogate pair: JSON can spell it, UTF-8 cannot."""
+ALL_EVIL = " ".join((EVIL, EVIL_ATTRIBUTE, EVIL_IMAGE, EVIL_END, EVIL_LINES, EVIL_LINK, EVIL_STYLE))
 TEXT_FEATURE = 7
 """Active on two tokens of text that are markup."""
 
@@ -44,40 +53,38 @@ class Prompt:
     layout: TokenLayout
 
 
-def _layout(modality: list[int], boxes: list[list[float]], sizes: tuple[tuple[int, int], ...]) -> TokenLayout:
+def _layout(
+    modality: list[int], boxes: list[list[float]], sizes: tuple[tuple[int, int], ...], n_base: int = 0
+) -> TokenLayout:
     kinds = torch.tensor([modality], dtype=torch.int8)
     is_image = (kinds == Modality.IMAGE) | (kinds == Modality.NEWLINE)
+    tile = torch.where(is_image, (is_image.cumsum(1) > n_base).to(torch.int64), -1)
     return TokenLayout(
         modality=kinds,
         boxes=torch.tensor([boxes]),
         image_index=torch.where(is_image, 0, -1),
-        tile=torch.where(is_image, 0, -1),
+        tile=tile,
         image_sizes=(sizes,),
     )
 
 
 def picture_prompt(seed: int) -> Prompt:
-    """A scene seen through a grid of patches, and a caption."""
+    """A scene seen through a coarse grid of patches and a fine one, and a caption."""
     scene = make_scene(seed)
     width, height = scene.image.size
     tokens, modality, boxes = ["<s>"], [Modality.SPECIAL], [[float("nan")] * 4]
-    for row in range(GRID):
-        for column in range(GRID):
+    for side in (BASE_GRID, GRID):
+        for row, column in np.ndindex(side, side):
             tokens.append("<image>")
             modality.append(Modality.IMAGE)
-            corner = [
-                column * width / GRID,
-                row * height / GRID,
-                (column + 1) * width / GRID,
-                (row + 1) * height / GRID,
-            ]
-            boxes.append(corner)
+            across, down = width / side, height / side
+            boxes.append([column * across, row * down, (column + 1) * across, (row + 1) * down])
     words = " this is " + " and ".join("a " + item.phrase for item in scene.objects) + " ."
     for word in words.split(" ")[1:]:
         tokens.append(" " + word)
         modality.append(Modality.TEXT)
         boxes.append([float("nan")] * 4)
-    return Prompt(scene, tokens, _layout(modality, boxes, (scene.image.size,)))
+    return Prompt(scene, tokens, _layout(modality, boxes, (scene.image.size,), n_base=BASE_GRID**2))
 
 
 def text_prompt(words: list[str]) -> Prompt:
@@ -105,9 +112,10 @@ def activations(prompt: Prompt, colour: str, strength: float) -> np.ndarray:
 
 def write_store(folder: Path, *, n_pictures: int = 24) -> FeatureStore:
     """Write a store: features 0 to 3 for colours, TEXT_FEATURE for text that is full of markup."""
-    writer = StoreWriter(folder, d_sae=16, hook_name="blocks.2.hook_resid_post", settings={"model_name": "sample"})
+    writer = StoreWriter(folder, d_sae=16, hook_name="blocks.2.hook_resid_post", settings=SETTINGS)
     prompts = {seed: picture_prompt(seed) for seed in range(n_pictures)}
-    prompts[900] = text_prompt([" look", " here", EVIL, " now", EVIL_ATTRIBUTE, " and", " there"])
+    evil = [EVIL_LINES, EVIL_STYLE, EVIL_LINK]
+    prompts[900] = text_prompt([" look", " here", EVIL, " now", EVIL_ATTRIBUTE, " and", " there", *evil])
     for seed, prompt in prompts.items():
         images = [] if prompt.scene is None else [prompt.scene.image]
         writer.add_prompt(seed, tokens=prompt.tokens, layout=prompt.layout, images=images)
@@ -125,14 +133,17 @@ def _add_lists(writer: StoreWriter, feature: int, values: dict[int, np.ndarray])
         writer.add_example(feature, prompt_id=seed, activations=values[seed], kind="top", modality="image")
         writer.add_example(feature, prompt_id=seed, activations=values[seed], kind="top", modality="text")
     for seed in firing[6:10]:
-        writer.add_example(feature, prompt_id=seed, activations=values[seed], kind="ordinary", modality="image")
+        given = {"kind": "ordinary", "modality": "image", "quantile": 0.6}
+        writer.add_example(feature, prompt_id=seed, activations=values[seed], **given)
     for seed in [seed for seed, row in values.items() if not row.any()][:6]:
         writer.add_example(feature, prompt_id=seed, activations=values[seed], kind="silent", modality="image")
 
 
 def explanations() -> list[Explanation]:
     """Features 0 to 2 from images, 0 from text too, 1 and 3 in vain, the text feature in markup."""
-    failure = JudgeFailure(kind=FailureKind.REFUSED, message=f"The judge said {EVIL}", digest="", prompt="")
+    failure = JudgeFailure(
+        kind=FailureKind.REFUSED, message=f"The judge said {EVIL}", digest="", prompt="", reply=f"{EVIL_END}{HALF}"
+    )
     found = [
         Explanation(
             feature=feature, text=f"Objects that are {colour}, of any shape.", label=f"{colour} things", judge="A"
@@ -144,7 +155,68 @@ def explanations() -> list[Explanation]:
         Explanation(feature=0, text="The word red in a caption.", label="the word red", modality="text", judge="A"),
         Explanation(feature=1, text="", modality="text", judge="A"),
         Explanation(feature=3, text="", judge="A", failure=failure),
-        Explanation(feature=TEXT_FEATURE, text=EVIL_IMAGE, label=EVIL_END, modality="text", judge=EVIL_ATTRIBUTE),
+        Explanation(
+            feature=TEXT_FEATURE,
+            text=EVIL_IMAGE,
+            label=EVIL_END,
+            modality="text",
+            judge=EVIL_ATTRIBUTE,
+            procedure=EVIL,
+            candidates=(Candidate(text=ALL_EVIL, label="", validation=0.5),),
+            shown=(Shown(prompt_id=900, active=True, text=ALL_EVIL),),
+        ),
+    ]
+
+
+def other_run(store: FeatureStore) -> Run:
+    """Another run: contrastive explanations of features 0 and 1 in other words, and another judge who says yes."""
+    top, silent = store.examples(0, "top", "image"), store.examples(0, "silent", "image")
+    region = find_regions(top[0])[0]
+    weighed = [
+        Candidate(text="Red shapes.", label="red", validation=0.9, confirmation=0.8, n=10, n_failed=1, round=1),
+        Candidate(text=f"Shapes {EVIL}", label="", validation=0.4, n=5),
+    ]
+    found = [
+        Explanation(
+            feature=0,
+            text="Red shapes.",
+            label="red",
+            judge="B",
+            procedure="contrastive",
+            shown=(
+                Shown(prompt_id=top[0].prompt_id, active=True, image=0, box=region.box),
+                Shown(prompt_id=silent[0].prompt_id, active=False, image=0, box=Box(4.0, 4.0, 40.0, 30.0)),
+            ),
+            validated_on=(Shown(prompt_id=silent[1].prompt_id, active=False, image=0, box=Box(0.0, 0.0, 30.0, 30.0)),),
+            candidates=tuple(weighed),
+        ),
+        Explanation(feature=1, text="Objects that are green, of any shape.", label="green", judge="B"),
+    ]
+    judged = [replace(one, answer=True, failure=None) for one in verdicts(store) if one.feature < 2]
+    return Run(
+        name=f"run {EVIL}",
+        explanations=found,
+        verdicts=judged,
+        scores=scores(judged)[:4],
+        measures=[replace(one, explanation="Red shapes.") for one in measures()[:1]],
+        judge=f"judge {EVIL_ATTRIBUTE}",
+    )
+
+
+def measures() -> list[Measure]:
+    """Numbers for features 0 and 1, none for 2."""
+    values = {"iou": 0.5, "iou_strict": 0.4, "iou_floor": 0.1, f"pointing {EVIL}": 0.75}
+    given = {"modality": "image", "measurer": "masks", "explanation": "things", "explanation_digest": ""}
+    bands = {"top": {"iou": 0.625}}
+    return [
+        Measure(
+            feature=0,
+            found=Measured(values=values, by_band=bands, n=8, n_failed=2),
+            control=Measured(values={"iou": 0.2}),
+            **given,
+        ),
+        Measure(feature=1, found=Measured(values={"iou": 0.3}, n=8), control=None, **given),
+        Measure(feature=2, found=Measured(note=f"no masks {EVIL}"), control=None, **given),
     ]
 
 
@@ -221,6 +293,10 @@ def findings(store: FeatureStore) -> dict[str, Any]:
         "explanations": explanations(),
         "verdicts": judged,
         "scores": scores(judged),
+        "measures": measures(),
+        "judge": f"judge {EVIL_IMAGE}",
+        "name": f"own {EVIL_END}",
+        "compare": [other_run(store)],
         "steering": {
             0: [
                 SteeringRecord(
@@ -229,7 +305,7 @@ def findings(store: FeatureStore) -> dict[str, Any]:
                 SteeringRecord(prompt=EVIL, before="yes", after=f"yes {EVIL_IMAGE}", edit=EVIL_ATTRIBUTE),
             ]
         },
-        "output_tokens": {0: [OutputToken(" red", 4.5), OutputToken(EVIL, -1.5)]},
+        "output_tokens": {0: [OutputToken(" red", 4.5), OutputToken(EVIL, -1.5), OutputToken(EVIL_LINES, -2.5)]},
         "summary": [SummaryTable(caption=EVIL, columns=["", EVIL], rows=[[EVIL, 0.25], ["L0", None]], note=EVIL)],
         "title": f"Sample {EVIL}",
     }

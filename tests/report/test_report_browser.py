@@ -2,57 +2,18 @@
 
 from __future__ import annotations
 
-import base64
-import io
-import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
 from selenium.webdriver import ActionChains, Chrome, Keys
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import Select
 
+from tests.report.browsing import DESKTOP, PHONE, labels, opacity, requests, screenshot, show
 from tests.report.report_sample import EVIL_END, TEXT_FEATURE
 
-DESKTOP, PHONE = (1280, 900), (390, 844)
-PAGES = ("index.html", "index.html#view=table", "features/0.html", f"features/{TEXT_FEATURE}.html")
-
-
-def show(browser: Chrome, report: Path, page: str, size: tuple[int, int] = DESKTOP, scheme: str = "light") -> None:
-    """Open a page afresh, with empty logs."""
-    width, height = size
-    phone = width < 600
-    metrics = {"width": width, "height": height, "deviceScaleFactor": 2 if phone else 1, "mobile": phone}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-    features = [{"name": "prefers-color-scheme", "value": scheme}]
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
-    browser.get("about:blank")
-    browser.get_log("browser"), browser.get_log("performance")
-    browser.get(f"file://{report}/{page}")
-
-
-def labels(browser: Chrome) -> list[str]:
-    """Numbers of the cards shown, in order."""
-    return browser.execute_script("return [...document.querySelectorAll('.card .number')].map(n => n.textContent)")
-
-
-def opacity(browser: Chrome) -> float:
-    script = "const s = getComputedStyle(document.querySelector('.stage .heat')); return s.opacity"
-    browser.execute_script("document.documentElement.style.setProperty('transition', 'none')")
-    return float(browser.execute_script(script))
-
-
-def requests(browser: Chrome) -> list[str]:
-    messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-    return [one["params"]["request"]["url"] for one in messages if one["method"] == "Network.requestWillBeSent"]
-
-
-def screenshot(browser: Chrome) -> np.ndarray[Any, Any]:
-    taken = browser.execute_cdp_cmd("Page.captureScreenshot", {"format": "png"})["data"]
-    return np.asarray(Image.open(io.BytesIO(base64.b64decode(taken))).convert("RGB"))
+PAGES = ("index.html", "index.html#view=table", "compare.html", "features/0.html", f"features/{TEXT_FEATURE}.html")
 
 
 @pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
@@ -181,7 +142,9 @@ def test_picture_is_enlarged_with_its_heat(browser: Chrome, report: Path) -> Non
     stage = browser.find_element(By.CSS_SELECTOR, "button.stage")
     stage.send_keys(Keys.ENTER)
     frame = browser.find_element(By.CSS_SELECTOR, "#lightbox[open] .frame")
-    assert len(frame.find_elements(By.TAG_NAME, "img")) == 2
+    assert [one.tag_name for one in frame.find_elements(By.CSS_SELECTOR, "*")] == ["img", "canvas"]
+    pixels = "const c = document.querySelector('#lightbox canvas'); return [c.dataset.drawn, c.width, c.height]"
+    assert browser.execute_script(pixels)[0] == "both"
     assert frame.size["width"] > 1.5 * stage.size["width"]
     ActionChains(browser).send_keys(Keys.ESCAPE).perform()
     assert not browser.find_elements(By.CSS_SELECTOR, "#lightbox[open]")

@@ -16,7 +16,7 @@ from PIL import Image
 from sae_lens_multimodal.adapters.layout import TokenLayout
 from sae_lens_multimodal.errors import ConfigError
 from sae_lens_multimodal.files import read_json
-from sae_lens_multimodal.hooks.trace_findings import Confirmation, FeatureFinding, TraceStory
+from sae_lens_multimodal.hooks.trace_findings import Confirmation, FeatureFinding, MeanAblation, TraceStory
 from sae_lens_multimodal.hooks.trace_result import CausalTrace, Cell, Unit
 from sae_lens_multimodal.report.trace import CELL, build_trace_report, trace_view
 
@@ -115,6 +115,24 @@ def test_the_page_says_what_was_found(tmp_path: Path) -> None:
     assert page.count('class="hot"') == 1
     stored = read_json(tmp_path / "out" / "trace.json")
     assert stored["what <u>is it</u> ?"]["features"][0]["feature"] == 77
+
+
+def test_means_over_reference_prompts_are_told_where_there_are_some(tmp_path: Path) -> None:
+    story = make_story()
+    without = build_trace_report({"x": story}, output=tmp_path / "out").read_text(encoding="utf-8")
+    means = MeanAblation(found=0.18, others=0.07, all_features=0.21, value=0.28, random=-0.014)
+    finding = replace(story.features[0], mean_ablated=0.13)
+    story = replace(story, features=[finding], together=replace(story.together, mean_ablated=means))
+    page = build_trace_report({"x": story}, output=tmp_path / "out").read_text(encoding="utf-8")
+    for text in (
+        "lost at its mean",
+        "<td>0.13</td>",
+        "they take 0.18, random sets \u22120.01, all features of the SAE but them 0.07, all of them 0.21, and",
+        "which is the most that can be lost there, 0.28.",
+    ):
+        assert text in page, text
+        assert text not in without
+    assert read_json(tmp_path / "out" / "trace.json")["x"]["together"]["mean_ablated"]["value"] == 0.28
 
 
 def test_tokens_of_a_picture_are_one_column_with_their_strongest() -> None:

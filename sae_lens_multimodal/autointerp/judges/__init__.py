@@ -16,6 +16,7 @@ from sae_lens_multimodal.autointerp.judges.base import (
 from sae_lens_multimodal.autointerp.judges.budget import Budget, BudgetJudge, Prices
 from sae_lens_multimodal.autointerp.judges.cache import CachedJudge
 from sae_lens_multimodal.autointerp.judges.forecast import Forecast, ForecastJudge
+from sae_lens_multimodal.autointerp.judges.log_probabilities import ReplyToken
 from sae_lens_multimodal.autointerp.judges.openai_judge import OpenAIJudge
 from sae_lens_multimodal.autointerp.judges.scripted import ScriptedJudge
 
@@ -37,6 +38,7 @@ __all__ = [
     "OpenAIJudge",
     "Outcome",
     "Prices",
+    "ReplyToken",
     "ScriptedJudge",
     "TransformersJudge",
 ]

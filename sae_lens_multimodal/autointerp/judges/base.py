@@ -15,6 +15,8 @@ from typing import Any, TypeAlias, final
 from PIL import Image
 from tqdm import tqdm
 
+from sae_lens_multimodal.autointerp.judges.log_probabilities import ReplyToken
+
 Part: TypeAlias = str | Image.Image
 """One piece of a request: text, or a picture."""
 
@@ -37,12 +39,19 @@ class JudgeRequest:
     check the reply whether or not it was held to it."""
     prompt_version: str = ""
     """Which phrasing this is; a new version is never answered from an old version's cache."""
+    top_log_probabilities: int = 0
+    """How many of the likeliest tokens to name at every place of the reply, with their log-probabilities, where the
+    judge can; 0: none are asked for."""
+    given_reply: str | None = None
+    """Words that the judge does not choose: it says how likely each of their tokens is as its reply. Only some can."""
 
     @cached_property
     def digest(self) -> str:
         """Hash of everything that can change the answer, apart from the judge."""
         content = hashlib.sha256()
         _feed(content, f"{self.prompt_version}|{self.max_new_tokens}|{self.choices!r}".encode())
+        if self.top_log_probabilities or self.given_reply is not None:
+            _feed(content, f"log-probabilities {self.top_log_probabilities} of {self.given_reply!r}".encode())
         for part in self.parts:
             if isinstance(part, str):
                 _feed(content, b"text" + part.encode())
@@ -102,6 +111,8 @@ class JudgeReply:
     """Tokens of the reply; 0 where the judge does not say."""
     seconds: float = 0.0
     """How long it took; shared evenly among requests answered as one batch."""
+    log_probabilities: tuple[ReplyToken, ...] | None = field(default=None, repr=False)
+    """Of each token of the reply as it came; None where they were not asked for, or the judge gives none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,6 +247,16 @@ class Judge(ABC):
     def cache_name(self) -> str:
         """What answers are cached under: the id and every setting that can change an answer."""
         return self.id
+
+    @property
+    def gives_log_probabilities(self) -> bool:
+        """Whether it may say how likely the tokens of its replies were; a server is only known once it was asked."""
+        return False
+
+    @property
+    def rates_given_replies(self) -> bool:
+        """Whether it can say how likely words are that it did not choose."""
+        return False
 
     @abstractmethod
     def _replies(self, requests: Sequence[JudgeRequest]) -> Iterator[tuple[int, Outcome]]:

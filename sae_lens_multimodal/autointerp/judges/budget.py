@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from sae_lens_multimodal.autointerp.judges.base import Judge, JudgeRequest, Ledger, Outcome
+from sae_lens_multimodal.autointerp.judges.wrapped import WrappedJudge
 from sae_lens_multimodal.errors import ConfigError, JudgeError
 
 
@@ -67,7 +68,7 @@ class Budget:
         return None
 
 
-class BudgetJudge(Judge):
+class BudgetJudge(WrappedJudge):
     """Asks the judge inside until the budget is spent, and then raises `JudgeError`; what was answered is kept.
 
     Put the cache outside, `CachedJudge(BudgetJudge(judge, budget), path)`: answers from it cost nothing. Requests are
@@ -80,21 +81,11 @@ class BudgetJudge(Judge):
     """
 
     def __init__(self, judge: Judge, budget: Budget, *, at_once: int = 16) -> None:
-        super().__init__()
+        super().__init__(judge)
         if at_once < 1:
             raise ConfigError(f"at_once is {at_once}; expected at least 1.")
-        self.judge, self.budget, self.at_once = judge, budget, at_once
+        self.budget, self.at_once = budget, at_once
         self._spent = Ledger()
-
-    @property
-    def id(self) -> str:
-        """The id of the judge inside."""
-        return self.judge.id
-
-    @property
-    def cache_name(self) -> str:
-        """That of the judge inside."""
-        return self.judge.cache_name
 
     def _replies(self, requests: Sequence[JudgeRequest]) -> Iterator[tuple[int, Outcome]]:
         start = 0

@@ -17,11 +17,13 @@ from sae_lens_multimodal.autointerp.judges.base import (
     JudgeRequest,
     Outcome,
 )
+from sae_lens_multimodal.autointerp.judges.log_probabilities import tokens_from_text, tokens_to_text
+from sae_lens_multimodal.autointerp.judges.wrapped import WrappedJudge
 from sae_lens_multimodal.errors import StoreError
 
 SCHEMA_VERSION = 1
 
-_SCHEMA = """
+_ANSWERS = """
 CREATE TABLE IF NOT EXISTS answers (
     key TEXT PRIMARY KEY,
     judge TEXT NOT NULL,
@@ -33,9 +35,16 @@ CREATE TABLE IF NOT EXISTS answers (
     created TEXT NOT NULL DEFAULT CURRENT_TIMESTAMP
 )
 """
+# a table of its own: files made before it stay good, and versions of the package that do not know it pass it over
+_LOG_PROBABILITIES = """
+CREATE TABLE IF NOT EXISTS log_probabilities (
+    key TEXT PRIMARY KEY REFERENCES answers (key),
+    tokens TEXT NOT NULL
+)
+"""
 
 
-class CachedJudge(Judge):
+class CachedJudge(WrappedJudge):
     """Asks the judge inside only what was never asked before; equal requests of one call are asked once.
 
     Replies are kept whether or not they parse; other failures are not, so that a later run tries again.
@@ -49,24 +58,13 @@ class CachedJudge(Judge):
     """
 
     def __init__(self, judge: Judge, path: Path | str) -> None:
-        super().__init__()
-        self.judge = judge
+        super().__init__(judge)
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         try:
             self._open_schema()
         except sqlite3.DatabaseError as error:
             raise StoreError(f"{self.path} is not an answer cache ({error}); give another file.") from error
-
-    @property
-    def id(self) -> str:
-        """The id of the judge inside."""
-        return self.judge.id
-
-    @property
-    def cache_name(self) -> str:
-        """That of the judge inside."""
-        return self.judge.cache_name
 
     def __len__(self) -> int:
         """How many answers are kept."""
@@ -85,7 +83,8 @@ class CachedJudge(Judge):
                     f"{self.path} has schema version {found}; this version of the package reads {SCHEMA_VERSION}. "
                     "Give another file."
                 )
-            connection.execute(_SCHEMA)
+            connection.execute(_ANSWERS)
+            connection.execute(_LOG_PROBABILITIES)
             connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
 
     def knows(self, request: JudgeRequest) -> bool:
@@ -115,19 +114,36 @@ class CachedJudge(Judge):
                 yield from ((index, _repeated(outcome, again=n > 0)) for n, index in enumerate(places[key]))
 
     def _keep(self, connection: sqlite3.Connection, key: str, request: JudgeRequest, reply: JudgeReply) -> None:
+        connection.execute("BEGIN IMMEDIATE")
         connection.execute(
             "INSERT OR REPLACE INTO answers (key, judge, prompt, reply, tokens_in, tokens_out, seconds) "
             "VALUES (?, ?, ?, ?, ?, ?, ?)",
             (key, self.judge.id, request.text, reply.text, reply.tokens_in, reply.tokens_out, reply.seconds),
         )
+        if reply.log_probabilities is not None:
+            connection.execute(
+                "INSERT OR REPLACE INTO log_probabilities (key, tokens) VALUES (?, ?)",
+                (key, tokens_to_text(reply.log_probabilities)),
+            )
+        connection.execute("COMMIT")
 
 
 def _look_up(connection: sqlite3.Connection, key: str) -> JudgeReply | None:
-    query = "SELECT reply, tokens_in, tokens_out, seconds FROM answers WHERE key = ?"
+    query = (
+        "SELECT reply, tokens_in, tokens_out, seconds, tokens FROM answers LEFT JOIN log_probabilities USING (key) "
+        "WHERE key = ?"
+    )
     row = connection.execute(query, (key,)).fetchone()
     if row is None:
         return None
-    return JudgeReply(text=row[0], cached=True, tokens_in=row[1], tokens_out=row[2], seconds=row[3])
+    return JudgeReply(
+        text=row[0],
+        cached=True,
+        tokens_in=row[1],
+        tokens_out=row[2],
+        seconds=row[3],
+        log_probabilities=None if row[4] is None else tokens_from_text(row[4]),
+    )
 
 
 def _reply_to_keep(outcome: Outcome) -> JudgeReply | None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from sae_lens_multimodal.autointerp.judges.base import FailureKind, Judge, JudgeFailure, JudgeRequest, Outcome
 from sae_lens_multimodal.autointerp.judges.budget import Prices
 from sae_lens_multimodal.autointerp.judges.cache import CachedJudge
+from sae_lens_multimodal.autointerp.judges.wrapped import WrappedJudge
 
 
 @dataclass(kw_only=True)
@@ -34,7 +35,7 @@ class Forecast:
         return text if prices is None else f"{text}; about {prices.of(self.tokens_in, self.tokens_out):.4g} in money"
 
 
-class ForecastJudge(Judge):
+class ForecastJudge(WrappedJudge):
     """Stands in for a judge and counts; every answer is a failure that says so, so let results go to a folder to drop.
 
     Scores and the general and published procedures ask the same whatever the answers are, so the forecast is exact but
@@ -47,21 +48,10 @@ class ForecastJudge(Judge):
     """
 
     def __init__(self, judge: Judge, *, tokens_per_picture: int = 1000, characters_per_token: float = 4.0) -> None:
-        super().__init__()
-        self.judge = judge
+        super().__init__(judge)
         self.tokens_per_picture, self.characters_per_token = tokens_per_picture, characters_per_token
         self.forecast = Forecast()
         self._seen: set[str] = set()
-
-    @property
-    def id(self) -> str:
-        """The id of the judge that would be asked."""
-        return self.judge.id
-
-    @property
-    def cache_name(self) -> str:
-        """That of the judge that would be asked."""
-        return self.judge.cache_name
 
     def _replies(self, requests: Sequence[JudgeRequest]) -> Iterator[tuple[int, Outcome]]:
         for index, request in enumerate(requests):

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import base64
+import asyncio
 import hashlib
-import io
 import json
 import logging
 import os
 import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from itertools import islice
-from typing import TYPE_CHECKING, Any, Literal
-from urllib.parse import urlsplit
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import suppress
+from itertools import combinations, islice
+from typing import Any, Literal, NamedTuple
 
-from PIL import Image
-
+from sae_lens_multimodal.autointerp.judges.background import BackgroundLoop
 from sae_lens_multimodal.autointerp.judges.base import (
     FailureKind,
     Judge,
@@ -25,32 +23,54 @@ from sae_lens_multimodal.autointerp.judges.base import (
     JudgeReply,
     JudgeRequest,
     Outcome,
-    Part,
 )
-from sae_lens_multimodal.autointerp.judges.pause import SharedPause
-from sae_lens_multimodal.errors import ConfigError, JudgeError
-
-if TYPE_CHECKING:
-    import openai
+from sae_lens_multimodal.autointerp.judges.openai_reply import (
+    is_refused_connection,
+    messages_of,
+    outcome_of,
+    root_of,
+    said_by,
+    status_kind,
+)
+from sae_lens_multimodal.autointerp.judges.openai_settings import api_key, check_settings, place_of
+from sae_lens_multimodal.autointerp.judges.pause import SharedPause, asked_seconds, growing_seconds
+from sae_lens_multimodal.errors import JudgeError
 
 logger = logging.getLogger(__name__)
 
-HOSTED = "api.openai.com"
-"""Where the client goes when no base URL is given."""
-
 _WITHOUT_ANSWER = frozenset({FailureKind.SERVER, FailureKind.TIMEOUT})
+_BUSY = frozenset({429, 503})
+"""With these, what a server asks for goes for every request."""
 _REJECTIONS = 10
 """A server that has answered nothing yet may reject so many times more requests than it may leave unanswered: some
 reject single pictures or words, and the same ones at every start."""
+
+_Extra = Literal["JSON schemas", "log-probabilities"]
+_Extras = Mapping[_Extra, Mapping[str, Any]]
+"""What is asked of those servers only that take it: fields of the request, by what they ask for."""
+
+
+class _Try(NamedTuple):
+    """One try of one request."""
+
+    outcome: Outcome
+    again: bool = False
+    """Whether another try may bring something else."""
+    asked_seconds: float | None = None
+    """How long the server asks to wait before."""
+    busy: bool = False
+    """Whether all requests are to wait."""
+    down: JudgeError | None = None
+    """Why no request can succeed, if it stays so."""
 
 
 class OpenAIJudge(Judge):
     """Asks a model behind an OpenAI-compatible server (vLLM, SGLang, `transformers serve`, a hosted one).
 
-    Several requests are under way at a time.
-
-    One request that fails is a `JudgeFailure`; a server that cannot be reached, does not know the model or the key,
-    or fails many requests in a row raises `JudgeError`.
+    Several requests are under way at a time. One that fails is a `JudgeFailure`; a server that cannot be reached, does
+    not know the model or the key, fails many requests in a row or asks for too long a pause raises `JudgeError`: what
+    is under way is still waited for then, and nothing new is asked. Stopped with ^C, what came in is handed on, and
+    what is under way is broken off.
 
     Args:
         model: the model's name on the server.
@@ -58,14 +78,16 @@ class OpenAIJudge(Judge):
         api_key_variable: the environment variable that holds the key. It is read when the judge is made, and
             nowhere written. A server given by its base URL may do without.
         concurrency: how many requests are under way at most.
-        timeout_seconds: for one try of one request.
-        max_retries: further tries after a timeout, a 429 or a 5xx, with growing pauses (by the client). After a 429 all
-            requests wait as long as it asks for.
+        timeout_seconds: for one try of one request, from the first byte sent to the last one read.
+        max_retries: further tries after a timeout, a broken connection, a 408, 409, 429 or 5xx. Before each it waits as
+            long as `Retry-After` says, in seconds or as a date (after a 429 or 503 all requests do), else a pause
+            that grows.
+        longest_pause_seconds: a server that asks for a longer pause counts as down.
         give_up_after: after so many requests in a row without an answer the judge counts as down.
         temperature: 0 takes the likeliest tokens; None leaves it to the server (some hosted models demand that).
         token_limit_field: how the server calls the longest reply; OpenAI's reasoning models want the longer name.
         structured: have the server hold each reply to the request's JSON schema. A server that refuses a request for
-            that is asked without from then on.
+            that, or for log-probabilities, is asked without from then on.
         extra_body: further fields of every request, such as `{"chat_template_kwargs": {...}}`.
 
     Raises:
@@ -82,6 +104,7 @@ class OpenAIJudge(Judge):
         concurrency: int = 8,
         timeout_seconds: float = 120.0,
         max_retries: int = 3,
+        longest_pause_seconds: float = 900.0,
         give_up_after: int = 8,
         temperature: float | None = 0.0,
         token_limit_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens",
@@ -92,27 +115,33 @@ class OpenAIJudge(Judge):
         import openai
 
         base_url = base_url or os.environ.get("OPENAI_BASE_URL")
-        _check_settings(base_url, concurrency, timeout_seconds, give_up_after)
+        check_settings(
+            base_url,
+            positive={"concurrency": concurrency, "give_up_after": give_up_after, "timeout_seconds": timeout_seconds},
+            at_least_zero={"max_retries": max_retries, "longest_pause_seconds": longest_pause_seconds},
+        )
         self.model = model
-        self.concurrency = concurrency
-        self.give_up_after = give_up_after
-        self._place = _place(base_url)
+        self.concurrency, self.give_up_after = concurrency, give_up_after
+        self.timeout_seconds, self.max_retries = timeout_seconds, max_retries
+        self.longest_pause_seconds = longest_pause_seconds
+        self._place = place_of(base_url)
         self._options: dict[str, Any] = {} if temperature is None else {"temperature": temperature}
         self._extra_body = dict(extra_body or {})
-        self._structured, self._takes_schemas = structured, structured
+        self._structured = structured
+        self._refused: set[_Extra] = set()
         self._has_answered = False
         self._key_variable = api_key_variable
-        pause = SharedPause()
-        http = openai.DefaultHttpxClient(event_hooks={"request": [pause.wait], "response": [pause.note]})
+        self._pause = SharedPause()
         self._token_limit_field = token_limit_field
-        self._client = openai.OpenAI(
+        _let_anyio_load()
+        # its own retries pass over long pauses, and its timeout starts again with every byte
+        self._client = openai.AsyncOpenAI(
             base_url=base_url,
-            api_key=_api_key(api_key_variable, needed=base_url is None),
-            timeout=timeout_seconds,
-            max_retries=max_retries,
-            http_client=http,
+            api_key=api_key(api_key_variable, needed=base_url is None),
+            timeout=None,
+            max_retries=0,
         )
-        weakref.finalize(self, http.close)
+        self._background: BackgroundLoop | None = None
 
     @property
     def id(self) -> str:
@@ -127,85 +156,175 @@ class OpenAIJudge(Judge):
         settings = [self._options, extra if self._extra_body else {}, *(["structured"] if self._structured else [])]
         return f"{self.id} {json.dumps(settings, sort_keys=True)}"
 
+    @property
+    def gives_log_probabilities(self) -> bool:
+        """Whether the server has not refused them yet."""
+        return "log-probabilities" not in self._refused
+
+    def _loop(self) -> BackgroundLoop:
+        if self._background is None:
+            self._background = BackgroundLoop(self._client.close)
+            weakref.finalize(self, self._background.close)
+        return self._background
+
     def _replies(self, requests: Sequence[JudgeRequest]) -> Iterator[tuple[int, Outcome]]:
+        loop, closing, health = self._loop(), asyncio.Event(), _Health(self.give_up_after)
         waiting = iter(enumerate(requests))
-        failed_in_a_row, rejected, down = 0, 0, None
-        with ThreadPoolExecutor(self.concurrency, thread_name_prefix="judge") as pool:
-            under_way = {pool.submit(self._ask, request): index for index, request in islice(waiting, self.concurrency)}
-            while under_way:
+        under_way: dict[Future[Outcome | None], int] = {}
+        down: JudgeError | None = None
+        n_new = self.concurrency
+        try:
+            while True:
+                for index, request in islice(waiting, n_new if down is None else 0):
+                    under_way[loop.start(self._ask(request, messages_of(request), closing))] = index
+                if not under_way:
+                    break
                 finished, _ = wait(under_way, return_when=FIRST_COMPLETED)
+                n_new = len(finished)
                 for future in finished:
                     index, error = under_way.pop(future), future.exception()
-                    if isinstance(error, JudgeError):
-                        down = down or error
-                        continue
-                    outcome = future.result()
-                    yield index, outcome
-                    self._has_answered |= not isinstance(outcome, JudgeFailure)
-                    failed_in_a_row = failed_in_a_row + 1 if _without_answer(outcome) else 0
-                    rejected += isinstance(outcome, JudgeFailure) and outcome.kind is FailureKind.REJECTED
-                    useless = not self._has_answered and rejected >= _REJECTIONS * self.give_up_after
-                    if (failed_in_a_row >= self.give_up_after or useless) and isinstance(outcome, JudgeFailure):
-                        count = max(failed_in_a_row, rejected)
-                        down = down or self._down(f"failed {count} requests in a row: {outcome.message}")
-                # what is under way when the judge goes down may still be answered, and is not lost
-                new = islice(waiting, len(finished) if down is None else 0)
-                under_way |= {pool.submit(self._ask, request): index for index, request in new}
+                    outcome = None if isinstance(error, JudgeError) else future.result()
+                    if outcome is not None:
+                        yield index, outcome
+                        self._has_answered |= isinstance(outcome, JudgeReply)
+                        error = self._too_ill(health, outcome)
+                    if down is None and isinstance(error, JudgeError):
+                        down = error
+                        # what is under way may still be answered, and is not lost; what waits to be asked again is not
+                        loop.call(closing.set)
+        except KeyboardInterrupt:
+            yield from _come_in(under_way)
+            raise
+        finally:
+            for future in under_way:
+                future.cancel()
         if down is not None:
             raise down
 
-    def _ask(self, request: JudgeRequest) -> Outcome:
-        """Ask with the request's schema if the server takes such, else without.
+    def _too_ill(self, health: _Health, outcome: Outcome) -> JudgeError | None:
+        """Note an outcome, and say so where the judge counts as down after it."""
+        count = health.after(outcome, has_answered=self._has_answered)
+        if count is None or not isinstance(outcome, JudgeFailure):
+            return None
+        return self._down(f"failed {count} requests in a row: {outcome.message}")
+
+    async def _ask(self, request: JudgeRequest, messages: list[Any], closing: asyncio.Event) -> Outcome | None:
+        """Ask with all that the request wants and the server is known to take; with less where it refuses that.
+
+        Returns:
+            None where the judge went down before it was asked.
 
         Raises:
             JudgeError: no request can succeed.
         """
-        if not (self._takes_schemas and request.schema is not None):
-            return self._try(request, {})
-        schema = {"name": "reply", "strict": True, "schema": json.loads(request.schema)}
-        outcome = self._try(request, {"response_format": {"type": "json_schema", "json_schema": schema}})
-        if not (isinstance(outcome, JudgeFailure) and outcome.kind is FailureKind.REJECTED):
-            return outcome
-        plain = self._try(request, {})
-        if isinstance(plain, JudgeReply):  # else it was not for the schema that the request was refused
-            self._takes_schemas = False
-            logger.warning("%s takes no JSON schemas (%s); it is asked without.", self._place, outcome.message)
-        return plain
+        if request.given_reply is not None:
+            message = "A server of chat completions cannot say how likely given words are; a judge in this process can."
+            return JudgeFailure.of(request, FailureKind.REJECTED, message)
+        extras = self._extras(request)
+        first = await self._tries(request, messages, extras, closing)
+        if not (extras and isinstance(first, JudgeFailure) and first.kind is FailureKind.REJECTED):
+            return first
+        for fewer in _fewer(extras):
+            outcome = await self._tries(request, messages, fewer, closing)
+            if isinstance(outcome, JudgeReply):  # else it was not for these that the request was refused
+                self._learn(extras.keys() - fewer.keys(), first.message)
+                return outcome
+        return outcome
 
-    def _try(self, request: JudgeRequest, further: Mapping[str, Any]) -> Outcome:
-        """Ask once (the client retries).
+    def _extras(self, request: JudgeRequest) -> _Extras:
+        found: dict[_Extra, Mapping[str, Any]] = {}
+        if self._structured and request.schema is not None:
+            schema = {"name": "reply", "strict": True, "schema": json.loads(request.schema)}
+            found["JSON schemas"] = {"response_format": {"type": "json_schema", "json_schema": schema}}
+        if request.top_log_probabilities:
+            found["log-probabilities"] = {"logprobs": True, "top_logprobs": request.top_log_probabilities}
+        return {name: fields for name, fields in found.items() if name not in self._refused}
+
+    def _learn(self, refused: set[_Extra], message: str) -> None:
+        for name in sorted(refused - self._refused):
+            logger.warning("%s takes no %s (%s); it is asked without.", self._place, name, message)
+        self._refused |= refused
+
+    async def _tries(
+        self, request: JudgeRequest, messages: list[Any], extras: _Extras, closing: asyncio.Event
+    ) -> Outcome | None:
+        """Ask until there is an outcome that another try would not change, or there were enough tries.
 
         Raises:
-            JudgeError: no request can succeed.
+            JudgeError: no request can succeed, or the server asks for too long a pause.
         """
+        found: _Try | None = None
+        for number in range(1, self.max_retries + 2):
+            while (left := self._pause.left_seconds) > 0 and not closing.is_set():
+                await _wait(closing, left)
+            if closing.is_set():
+                break
+            found = await self._once(request, messages, extras)
+            self._obey(found)
+            if not found.again:
+                break
+            if number <= self.max_retries and not found.busy:
+                await _wait(closing, growing_seconds(number) if found.asked_seconds is None else found.asked_seconds)
+        if found is not None and found.down is not None:
+            raise found.down
+        return None if found is None else found.outcome
+
+    def _obey(self, found: _Try) -> None:
+        """Let all requests wait where the server is too busy.
+
+        Raises:
+            JudgeError: for longer than anybody wants to.
+        """
+        asked = found.asked_seconds
+        if asked is not None and asked > self.longest_pause_seconds:
+            raise JudgeError(
+                f"The judge {self.id} asks for a pause of {asked:.0f} seconds, more than longest_pause_seconds="
+                f"{self.longest_pause_seconds:g}. Run again after that time, or allow a longer pause: what was "
+                "answered so far is kept."
+            )
+        if found.busy and asked is not None:
+            self._pause.extend(asked)
+
+    async def _once(self, request: JudgeRequest, messages: list[Any], extras: _Extras) -> _Try:
+        """Ask once."""
         import openai
 
         started = time.monotonic()
         try:
-            completion = self._client.chat.completions.create(
-                model=self.model,
-                messages=[{"role": "user", "content": [_content(part) for part in request.parts]}],
-                extra_body={self._token_limit_field: request.max_new_tokens, **self._extra_body},
-                **self._options,
-                **further,
-            )
-        except openai.APITimeoutError as error:
-            return JudgeFailure.of(request, FailureKind.TIMEOUT, f"No reply from {self._place} in time ({error}).")
+            async with asyncio.timeout(self.timeout_seconds):
+                completion = await self._client.chat.completions.create(
+                    model=self.model,
+                    messages=messages,
+                    extra_body={self._token_limit_field: request.max_new_tokens, **self._extra_body},
+                    **self._options,
+                    **{name: value for fields in extras.values() for name, value in fields.items()},
+                )
+        except (TimeoutError, openai.APITimeoutError):
+            message = f"No reply from {self._place} in {self.timeout_seconds:g} seconds."
+            return _Try(JudgeFailure.of(request, FailureKind.TIMEOUT, message), again=True)
         except openai.APIConnectionError as error:
-            # by name: which HTTP library the client stands on has changed before
-            if any(type(cause).__name__ == "ConnectError" for cause in _causes(error)):
-                raise self._down(f"cannot be reached ({_root(error)})") from error
-            message = f"{self._place} broke off its answer ({_root(error)})."
-            return JudgeFailure.of(request, FailureKind.SERVER, message)
-        except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
-            raise self._down(f"turns every request away ({self._clean(_said(error))})") from error
+            message = f"{self._place} broke off its answer ({root_of(error)})."
+            refused = is_refused_connection(error)
+            down = self._down(f"cannot be reached ({root_of(error)})") if refused else None
+            return _Try(JudgeFailure.of(request, FailureKind.SERVER, message), again=True, down=down)
         except openai.APIStatusError as error:
-            said = self._clean(_said(error))
-            return JudgeFailure.of(request, _status_kind(error.status_code), f"{self._place}: {said}")
+            return self._turned_away(request, error, extras)
         except (openai.APIError, json.JSONDecodeError) as error:
             message = f"{self._place} sent something that is not a chat completion ({error})."
-            return JudgeFailure.of(request, FailureKind.SERVER, message)
-        return _outcome(request, completion, seconds=time.monotonic() - started)
+            return _Try(JudgeFailure.of(request, FailureKind.SERVER, message))
+        return _Try(outcome_of(request, completion, seconds=time.monotonic() - started))
+
+    def _turned_away(self, request: JudgeRequest, error: Any, extras: _Extras) -> _Try:  # noqa: ANN401 - openai.APIStatusError
+        said, status = self._clean(said_by(error)), int(error.status_code)
+        failure = JudgeFailure.of(request, status_kind(status), f"{self._place}: {said}")
+        # OpenAI forbids log-probabilities of some models with a 403
+        if status in (401, 404) or (status == 403 and "log-probabilities" not in extras):
+            return _Try(failure, down=self._down(f"turns every request away ({said})"))
+        headers = error.response.headers
+        if failure.kind is not FailureKind.SERVER or headers.get("x-should-retry") == "false":
+            return _Try(failure)
+        asked = asked_seconds(headers, now=time.time())
+        return _Try(failure, again=True, asked_seconds=asked, busy=status in _BUSY and asked is not None)
 
     def _clean(self, said: str) -> str:
         """What a server says, without the key, which some echo."""
@@ -220,109 +339,48 @@ class OpenAIJudge(Judge):
         )
 
 
-def _outcome(request: JudgeRequest, completion: object, *, seconds: float) -> Outcome:
-    """Read a completion, whatever shape the server gave it."""
-    from openai.types.chat import ChatCompletion
+def _let_anyio_load() -> None:
+    """Allow what the asynchronous client imports at its first request to be imported after nnsight.
 
-    choices = completion.choices if isinstance(completion, ChatCompletion) else None
-    if not isinstance(choices, list):
-        message = f"The server sent {type(completion).__name__} without choices; expected a chat completion."
-        return JudgeFailure.of(request, FailureKind.SERVER, message, str(completion)[:2000])
-    # the client checks no types: any field of any part may be anything
-    message_of = getattr(choices[0], "message", None) if choices else None
-    content, refusal = getattr(message_of, "content", None), getattr(message_of, "refusal", None)
-    if message_of is None or not isinstance(content, str | None):
-        return JudgeFailure.of(request, FailureKind.EMPTY, "The server's completion has no message.")
-    usage = getattr(completion, "usage", None)
-    reply = JudgeReply(
-        text=content or "",
-        tokens_in=_tokens(usage, "prompt_tokens"),
-        tokens_out=_tokens(usage, "completion_tokens"),
-        seconds=seconds,
-    )
-    if refusal or getattr(choices[0], "finish_reason", None) == "content_filter":
-        said = str(refusal or content or "")
-        return JudgeFailure.of(request, FailureKind.REFUSED, "The judge refused to answer.", said, cost=reply)
-    return reply
-
-
-def _tokens(usage: object, name: str) -> int:
-    """Read a number of tokens; 0 where the server says none."""
-    value = getattr(usage, name, 0)
-    return value if isinstance(value, int) and value > 0 else 0
-
-
-def _content(part: Part) -> Any:  # noqa: ANN401 - one of the client's many typed dicts
-    """Give one part as the server wants it; pictures as PNG data URLs, so that no pixel is lost."""
-    if isinstance(part, str):
-        return {"type": "text", "text": part}
-    return {"type": "image_url", "image_url": {"url": png_data_url(part)}}
-
-
-def png_data_url(picture: Image.Image) -> str:
-    """Spell a picture as a `data:` URL.
-
-    Example:
-        >>> png_data_url(Image.new("RGB", (1, 1)))[:30]
-        'data:image/png;base64,iVBORw0K'
+    nnsight gives every object a method `save`; anyio refuses classes of its own that have an attribute without a type.
     """
-    buffer = io.BytesIO()
-    picture.save(buffer, format="PNG", compress_level=1)
-    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
+    from anyio import TypedAttributeSet
+
+    TypedAttributeSet.__annotations__ = {**TypedAttributeSet.__annotations__, "save": object}
 
 
-def _check_settings(base_url: str | None, concurrency: int, timeout_seconds: float, give_up_after: int) -> None:
-    if base_url is not None and urlsplit(base_url).scheme not in ("http", "https"):
-        raise ConfigError(f"base_url is {base_url!r}; expected a URL such as 'http://127.0.0.1:8000/v1'.")
-    if concurrency < 1 or give_up_after < 1 or timeout_seconds <= 0:
-        raise ConfigError(
-            f"concurrency={concurrency}, give_up_after={give_up_after}, timeout_seconds={timeout_seconds}; "
-            "each must be greater than 0."
-        )
+class _Health:
+    """Counts what remains without an answer."""
+
+    def __init__(self, give_up_after: int) -> None:
+        self.give_up_after = give_up_after
+        self.in_a_row = self.rejected = 0
+
+    def after(self, outcome: Outcome, *, has_answered: bool) -> int | None:
+        """Note an outcome; give the number of failures where they are too many."""
+        kind = outcome.kind if isinstance(outcome, JudgeFailure) else None
+        self.in_a_row = self.in_a_row + 1 if kind in _WITHOUT_ANSWER else 0
+        self.rejected += kind is FailureKind.REJECTED
+        useless = not has_answered and self.rejected >= _REJECTIONS * self.give_up_after
+        return max(self.in_a_row, self.rejected) if self.in_a_row >= self.give_up_after or useless else None
 
 
-def _place(base_url: str | None) -> str:
-    """Name the server without path and credentials."""
-    if base_url is None:
-        return HOSTED
-    parts = urlsplit(base_url)
-    return f"{parts.hostname}:{parts.port}" if parts.port else str(parts.hostname)
+def _come_in(under_way: dict[Future[Outcome | None], int]) -> Iterator[tuple[int, Outcome]]:
+    """Hand on what is there already."""
+    for future in [one for one in under_way if one.done() and not one.cancelled() and one.exception() is None]:
+        index, outcome = under_way.pop(future), future.result()
+        if outcome is not None:
+            yield index, outcome
 
 
-def _api_key(variable: str, *, needed: bool) -> str:
-    key = os.environ.get(variable)
-    if key:
-        return key
-    if needed:
-        raise JudgeError(
-            f"The environment variable {variable} is not set; expected the API key of {HOSTED} there. Set it, or give "
-            "the base_url of a server that needs none."
-        )
-    return "none"
+def _fewer(extras: _Extras) -> Iterator[_Extras]:
+    """Give what remains where some of it is left out, as little as possible first."""
+    for count in range(len(extras) - 1, -1, -1):
+        yield from ({name: extras[name] for name in kept} for kept in combinations(extras, count))
 
 
-def _without_answer(outcome: Outcome) -> bool:
-    return isinstance(outcome, JudgeFailure) and outcome.kind in _WITHOUT_ANSWER
-
-
-def _status_kind(status: int) -> FailureKind:
-    return FailureKind.SERVER if status >= 500 or status == 429 else FailureKind.REJECTED
-
-
-def _said(error: openai.APIStatusError) -> str:
-    """Shorten what the server said."""
-    return f"HTTP {error.status_code}: {' '.join(str(error.message).split())[:300]}"
-
-
-def _causes(error: BaseException) -> list[BaseException]:
-    """List an error and what brought it about, the first cause last."""
-    chain = [error]
-    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
-        chain.append(cause)
-    return chain
-
-
-def _root(error: BaseException) -> str:
-    """Name the first cause: "Connection refused" says more than "Connection error."."""
-    first = _causes(error)[-1]
-    return str(first) or type(first).__name__
+async def _wait(closing: asyncio.Event, seconds: float) -> None:
+    """Wait for some time, or until the judge goes down."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await closing.wait()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
-from sae_lens_multimodal.autointerp.judges.base import Judge, JudgeFailure, JudgeReply, JudgeRequest, Outcome
+from sae_lens_multimodal.autointerp.judges.base import Judge, JudgeReply, JudgeRequest, Outcome
 from sae_lens_multimodal.errors import JudgeError
 
 
@@ -12,8 +12,8 @@ class ScriptedJudge(Judge):
     """Answers with what a function says, or with the next line of a list.
 
     Args:
-        answers: a function from the request to its reply (text, or a failure made with `JudgeFailure.of`), or a
-            sequence of replies used up in order.
+        answers: a function from the request to its reply (text, a whole `JudgeReply`, or a failure made with
+            `JudgeFailure.of`), or a sequence of replies used up in order.
         name: shown as the judge's id.
 
     Example:
@@ -23,7 +23,7 @@ class ScriptedJudge(Judge):
     """
 
     def __init__(
-        self, answers: Callable[[JudgeRequest], str | JudgeFailure] | Sequence[str], *, name: str = "scripted"
+        self, answers: Callable[[JudgeRequest], str | Outcome] | Sequence[str], *, name: str = "scripted"
     ) -> None:
         super().__init__()
         self._answer = answers if callable(answers) else None
@@ -37,11 +37,16 @@ class ScriptedJudge(Judge):
         """The name given."""
         return self._name
 
+    @property
+    def gives_log_probabilities(self) -> bool:
+        """It may: a whole `JudgeReply` can hold them."""
+        return True
+
     def _replies(self, requests: Sequence[JudgeRequest]) -> Iterator[tuple[int, Outcome]]:
         for index, request in enumerate(requests):
             self.requests.append(request)
             answer = self._answer(request) if self._answer is not None else self._next_line()
-            yield index, answer if isinstance(answer, JudgeFailure) else JudgeReply(text=answer)
+            yield index, JudgeReply(text=answer) if isinstance(answer, str) else answer
 
     def _next_line(self) -> str:
         line = next(self._lines, None)

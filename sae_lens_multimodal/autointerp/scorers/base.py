@@ -60,6 +60,8 @@ class Scorer(ABC):
     """Makes items from held-out examples, and asks about them with the words of a prompt book."""
 
     name: ClassVar[str]
+    both_lists: ClassVar[bool] = False
+    """Whether it takes firing examples of both modalities' lists."""
 
     @abstractmethod
     def items(self, examples: HeldOut, book: PromptBook, sampling: Sampling, rng: np.random.Generator) -> list[Item]:

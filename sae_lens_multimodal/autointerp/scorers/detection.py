@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
+from sae_lens_multimodal.autointerp.repeats import ReadTexts
 from sae_lens_multimodal.autointerp.scorers.base import Item, Sampling, Scorer, shuffled
 from sae_lens_multimodal.autointerp.texts import marked_text, plain_text
 
@@ -22,14 +24,16 @@ class DetectionScorer(Scorer):
     name: ClassVar[str] = "detection"
 
     def items(self, examples: HeldOut, book: PromptBook, sampling: Sampling, rng: np.random.Generator) -> list[Item]:
-        """Take the first held-out examples of each kind, each shown without marks."""
-        found = []
+        """Take the first held-out examples of each kind, each shown without marks, and each text once."""
+        found: list[Item] = []
+        read = ReadTexts(examples.read)
         for truth, pool, count in (
             (True, examples.firing, sampling.n_positive),
             (False, examples.silent, sampling.n_negative),
         ):
             made = (self._item(example, examples.modality, book, sampling, rng, truth=truth) for example in pool)
-            found += [item for item in made if item is not None][:count]
+            fresh = (item for item in made if item is not None and (item.text is None or read.take(item.text)))
+            found += islice(fresh, count)
         return shuffled(found, rng)
 
     def _item(

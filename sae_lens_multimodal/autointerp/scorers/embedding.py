@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-from jaxtyping import Float
 
-from sae_lens_multimodal.autointerp.measures import Measured, Measurer, averages, by_band
+from sae_lens_multimodal.autointerp.measurer import SKIPPED, Measured, Measurer, Plan, averages, by_band
+from sae_lens_multimodal.autointerp.metrics import auroc
 from sae_lens_multimodal.autointerp.regions import crop, find_regions, silent_region
 from sae_lens_multimodal.autointerp.styles import RegionStyle
 
@@ -39,10 +39,10 @@ class EmbeddingScorer(Measurer):
         """Give the model's name and the number of items."""
         return {"embedding": None if self.embedding is None else self.embedding.name, "n_items": self.n_items}
 
-    def measure(self, text: str, examples: HeldOut, rng: np.random.Generator) -> Measured:
+    def plan(self, text: str, examples: HeldOut, rng: np.random.Generator) -> Plan | Measured:
         """Compare the explanation with firing and silent regions."""
         if self.embedding is None:
-            return Measured(note="skipped: no CLIP or SigLIP was given to compare texts with pictures")
+            return Measured(note=f"{SKIPPED}no CLIP or SigLIP was given to compare texts with pictures")
         pairs = [(one, seen[0]) for one in examples.firing if (seen := find_regions(one))][: self.n_items]
         if not pairs:
             return Measured(note="too few held-out examples")
@@ -64,15 +64,5 @@ class EmbeddingScorer(Measurer):
         values = averages(rows)
         if quiet:
             values["auroc"] = auroc(near[:n], near[2 * n :])
-        return Measured(values=values, by_band=by_band([one for one, _ in pairs], rows), n=n + len(quiet))
-
-
-def auroc(above: Float[np.ndarray, "n"], below: Float[np.ndarray, "m"]) -> float:
-    """Chance that a value of the first is greater than one of the second; equal ones count half (Mann-Whitney).
-
-    Example:
-        >>> auroc(np.array([0.9, 0.5]), np.array([0.1, 0.5]))
-        0.875
-    """
-    difference = above[:, None] - below[None, :]
-    return float((difference > 0).mean() + 0.5 * (difference == 0).mean())
+        near_to = Measured(values=values, by_band=by_band([one for one, _ in pairs], rows), n=n + len(quiet))
+        return Plan(finish=lambda _, __: near_to)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from sae_lens_multimodal.autointerp.regions import Region, find_regions, heat_of, moved_heat, show, silent_region
+from sae_lens_multimodal.autointerp.places import exchanged, strongest_spots
+from sae_lens_multimodal.autointerp.regions import Region, heat_of, moved_heat, show
+from sae_lens_multimodal.autointerp.repeats import ReadTexts
 from sae_lens_multimodal.autointerp.scorers.base import Item, Sampling, Scorer, shuffled
 from sae_lens_multimodal.autointerp.styles import RegionStyle
 from sae_lens_multimodal.autointerp.texts import MarkedText, marked_text, wrongly_marked
@@ -23,34 +26,39 @@ class FuzzingScorer(Scorer):
     """The region or words on which the feature fires, against as large ones of the same picture or text.
 
     An example gives both, or none where it has no silent place of that size: so both come in equal numbers, from the
-    same pictures.
+    same pictures. The silent regions lie where those of other pictures of the test lie (see `places.exchanged`), so
+    that a judge who knows only where a region lies in its picture cannot tell right from wrong.
     """
 
     name: ClassVar[str] = "fuzzing"
 
     def items(self, examples: HeldOut, book: PromptBook, sampling: Sampling, rng: np.random.Generator) -> list[Item]:
         """Make pairs of a right and a wrong item from as many examples as are wanted."""
-        make = self._of_picture if examples.modality == "image" else self._of_text
-        found: list[Item] = []
+        make = self._of_pictures if examples.modality == "image" else self._of_texts
         n_pairs = min(sampling.n_positive, sampling.n_negative)
-        for example in examples.firing:
-            if len(found) >= 2 * n_pairs:
-                break
-            found += make(example, book, sampling, rng)
-        return shuffled(found, rng)
+        pairs = make(examples, book, sampling, rng)
+        return shuffled([item for pair in islice(pairs, n_pairs) for item in pair], rng)
 
-    def _of_picture(
-        self, example: Example, book: PromptBook, sampling: Sampling, rng: np.random.Generator
-    ) -> Iterator[Item]:
-        style = book.fuzz_style
-        for region in find_regions(example, threshold=sampling.threshold)[:1]:
-            wrong = silent_region(example, region, rng, margin_pixels=style.margin_pixels)
-            if wrong is not None:
-                yield self._region_item(example, region, region, book)
-                yield self._region_item(example, region, wrong, book)
+    def _of_pictures(
+        self, examples: HeldOut, book: PromptBook, sampling: Sampling, rng: np.random.Generator
+    ) -> Iterator[tuple[Item, Item]]:
+        del rng
+        n_pairs = min(sampling.n_positive, sampling.n_negative)
+        spots = strongest_spots(examples.firing, threshold=sampling.threshold)
+        for (example, region), wrong in exchanged(spots, n_pairs, margin_pixels=book.fuzz_style.margin_pixels):
+            yield (
+                self._region_item(example, region, region, book),
+                self._region_item(example, region, wrong, book),
+            )
 
     def _region_item(
-        self, example: Example, right: Region, region: Region, book: PromptBook, style: RegionStyle | None = None
+        self,
+        example: Example,
+        right: Region,
+        region: Region,
+        book: PromptBook,
+        style: RegionStyle | None = None,
+        text: str | None = None,
     ) -> Item:
         style = style or book.fuzz_style
         heat = moved_heat(heat_of(example, region.image), right.box, region.box) if style.view == "heat" else None
@@ -63,17 +71,23 @@ class FuzzingScorer(Scorer):
             image=region.image,
             box=region.box,
             style=style.for_patches(region.patch_pixels),
+            text=text,
             views=tuple(show(example.images[region.image], region, style, heat=heat)),
         )
 
-    def _of_text(
-        self, example: Example, book: PromptBook, sampling: Sampling, rng: np.random.Generator
-    ) -> Iterator[Item]:
-        right = marked_text(example, context=sampling.context, threshold=sampling.threshold)
-        wrong = None if right is None else wrongly_marked(right, rng, markable=book.markable)
-        if right is not None and wrong is not None:
-            yield self._text_item(example, right, book, truth=True)
-            yield self._text_item(example, wrong, book, truth=False)
+    def _of_texts(
+        self, examples: HeldOut, book: PromptBook, sampling: Sampling, rng: np.random.Generator
+    ) -> Iterator[tuple[Item, Item]]:
+        read = ReadTexts(examples.read)
+        for example in examples.firing:
+            right = marked_text(example, context=sampling.context, threshold=sampling.threshold)
+            wrong = None if right is None else wrongly_marked(right, rng, markable=book.markable)
+            if right is None or wrong is None:
+                continue
+            pair = self._text_item(example, right, book, truth=True), self._text_item(example, wrong, book, truth=False)
+            # a book may show another part of the text around other marks
+            if read.take(*(item.text or "" for item in pair)):
+                yield pair
 
     def _text_item(self, example: Example, text: MarkedText, book: PromptBook, *, truth: bool) -> Item:
         return Item(

@@ -2,24 +2,40 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from sae_lens_multimodal.autointerp.judges.base import Judge, JudgeFailure
-from sae_lens_multimodal.autointerp.measures import Measured, Measurer, averages, by_band
-from sae_lens_multimodal.autointerp.regions import find_regions, show, silent_region
+from sae_lens_multimodal.autointerp.drawing import enlarged
+from sae_lens_multimodal.autointerp.judges.base import Judge, JudgeFailure, Outcome
+from sae_lens_multimodal.autointerp.measurer import Counted, Measured, Measurer, Plan, averages, by_band
+from sae_lens_multimodal.autointerp.places import placed_alike, strongest_spots
+from sae_lens_multimodal.autointerp.regions import show
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from sae_lens_multimodal.autointerp.prompts import PromptBook
     from sae_lens_multimodal.autointerp.selection import HeldOut
+    from sae_lens_multimodal.features.example import Example
+
+
+class _Trial(NamedTuple):
+    views: list[Image.Image]
+    place: int
+    """Where the intruder stands, from 0."""
+    example: Example
+    """One of the others."""
 
 
 class IntruderScorer(Measurer):
     """Shows a few regions where the feature fires and one of a picture where it is silent, and asks for the odd one.
 
     After the intruder test of topic models (Chang et al. 2009), as Delphi uses it for features. `accuracy` is above
-    `chance`, one out of all shown, where a feature has a meaning that the judge sees; no explanation is needed.
+    `chance`, one out of all shown, where a feature has a meaning that the judge sees; no explanation is needed. The
+    intruder has the size and the place of one more region where the feature fires, which is not shown, and all are
+    shown equally large, so that neither tells it from the others; it stands in each position equally often.
 
     Args:
         judge: who judges.
@@ -29,6 +45,7 @@ class IntruderScorer(Measurer):
     """
 
     name: ClassVar[str] = "intruder"
+    judge: Judge
     needs_words: ClassVar[bool] = False
 
     def __init__(self, judge: Judge, book: PromptBook, *, n_trials: int = 4, n_shown: int = 4) -> None:
@@ -43,45 +60,63 @@ class IntruderScorer(Measurer):
             "n_shown": self.n_shown,
         }
 
-    def measure(self, text: str, examples: HeldOut, rng: np.random.Generator) -> Measured:
-        """Ask for the intruder in each trial; it stands anywhere."""
+    def plan(self, text: str, examples: HeldOut, rng: np.random.Generator) -> Plan | Measured:
+        """Ask for the intruder in each trial."""
         del text
-        style = self.book.fuzz_style.without_heat
-        firing = [(one, found[0]) for one in examples.firing if (found := find_regions(one))]
-        requests, truths, others = [], [], []
-        for example in [one for one in examples.silent if one.images][: self.n_trials]:
-            if len(firing) < self.n_shown - 1:
-                break
-            chosen = [firing[index] for index in rng.permutation(len(firing))[: self.n_shown - 1]]
-            odd = silent_region(example, chosen[0][1], rng, margin_pixels=style.margin_pixels)
-            if odd is None:
-                continue
-            views = [show(one.images[region.image], region, style)[0] for one, region in chosen]
-            place = int(rng.integers(self.n_shown))
-            views.insert(place, show(example.images[odd.image], odd, style)[0])
-            requests.append(self.book.intruder(views))
-            truths.append(place)
-            others.append(chosen[0][0])
-        asked = [request for request in requests if request is not None]
-        if not asked:
-            too_few = not requests
+        trials = self._trials(examples, rng)
+        requests = [request for trial in trials if (request := self.book.intruder(trial.views)) is not None]
+        if not requests:
             return Measured(
-                note="too few held-out examples" if too_few else "the prompt book cannot ask for an intruder"
+                note="the prompt book cannot ask for an intruder" if trials else "too few held-out examples"
             )
+        return Plan(requests=requests, finish=lambda outcomes, counted: self._found(outcomes, trials, counted))
+
+    def _found(self, outcomes: Sequence[Outcome], trials: Sequence[_Trial], counted: Counted) -> Measured:
         answers = [
             None if isinstance(one, JudgeFailure) else self.book.read_intruder(one.text, self.n_shown)
-            for one in self.judge.ask_all(asked, progress=False)
+            for one in outcomes
         ]
         rows = [
-            {
-                "accuracy_strict": float(answer == truth),
-                **({} if answer is None else {"accuracy": float(answer == truth)}),
-            }
-            for answer, truth in zip(answers, truths, strict=True)
+            {"accuracy_strict": float(counted == "right")}
+            if answer is None
+            else {"accuracy_strict": float(answer == trial.place), "accuracy": float(answer == trial.place)}
+            for answer, trial in zip(answers, trials, strict=True)
         ]
         return Measured(
             values={**averages(rows), "chance": 1 / self.n_shown},
-            by_band=by_band(others, rows),
+            by_band=by_band([trial.example for trial in trials], rows),
             n=len(rows),
             n_failed=sum(answer is None for answer in answers),
         )
+
+    def _trials(self, examples: HeldOut, rng: np.random.Generator) -> list[_Trial]:
+        """Draw the regions of each trial, and put the intruder among them."""
+        style = self.book.fuzz_style.without_heat
+        firing = list(strongest_spots(examples.firing))
+        if len(firing) < self.n_shown:
+            return []
+        drawn = [
+            [firing[index] for index in rng.permutation(len(firing))[: self.n_shown]] for _ in range(self.n_trials)
+        ]
+        odd = placed_alike([one[-1] for one in drawn], examples.silent, rng=rng, margin_pixels=style.margin_pixels)
+        found = [(spots[:-1], one) for spots, one in zip(drawn, odd, strict=True) if one is not None]
+        places = balanced_places(len(found), self.n_shown, rng)
+        trials = []
+        for (spots, intruder), place in zip(found, places, strict=True):
+            shown = [*spots[:place], intruder, *spots[place:]]
+            views = [show(one.images[region.image], region, style)[0] for one, region in shown]
+            longest = max(min(view.size) for view in views)
+            views = [enlarged(view, longest) for view in views]
+            trials.append(_Trial(views, place, spots[0].example))
+        return trials
+
+
+def balanced_places(count: int, n_places: int, rng: np.random.Generator) -> list[int]:
+    """Draw places so that each comes as often as any other, or once more, in random order.
+
+    Example:
+        >>> sorted(balanced_places(6, 3, np.random.default_rng(0)))
+        [0, 0, 1, 1, 2, 2]
+    """
+    rounds = -(-count // n_places)
+    return [place for _ in range(rounds) for place in rng.permutation(n_places).tolist()][:count]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import numpy as np
 from jaxtyping import Bool, Float
 
-from sae_lens_multimodal.autointerp.measures import Measured, Measurer, averages, by_band
+from sae_lens_multimodal.autointerp.measurer import SKIPPED, Counted, Measured, Measurer, Plan, averages, by_band
 from sae_lens_multimodal.autointerp.regions import heat_of
 from sae_lens_multimodal.errors import SelectionError
 
@@ -27,56 +27,64 @@ class MaskScorer(Measurer):
     `iou` is the intersection over union of the mask and the pixels that fire at least `threshold` as strongly as the
     strongest; `pointing` says whether the strongest pixel lies in the mask (Zhang et al. 2016). Beside them
     `iou_floor` and `pointing_floor`: the same for the activation map moved by chance around the picture, which keeps
-    its size and shape. A picture whose mask is not known is left out, and counts as 0 in the strict numbers.
+    its size and shape. A picture whose mask is not known is left out; in the strict numbers it counts as missed.
 
     Args:
-        mask_of: gives the masks.
-        name: of where they come from, recorded with the results.
+        mask_of: gives the masks: given ones (a function, or `autointerp.mask_files.FolderMasks`), or those of a
+            text-to-mask model (`autointerp.segmenters`). None: it gives no numbers, and says so.
+        source: where the masks come from, recorded with the results.
         n_items: pictures at most.
         threshold: share of the picture's strongest activation from which on a pixel counts.
     """
 
     name: ClassVar[str] = "masks"
 
-    def __init__(self, mask_of: MaskOf, *, source: str, n_items: int = 8, threshold: float = 0.5) -> None:
+    def __init__(self, mask_of: MaskOf | None, *, source: str, n_items: int = 8, threshold: float = 0.5) -> None:
         self.mask_of, self.source, self.n_items, self.threshold = mask_of, source, n_items, threshold
 
     def settings(self) -> dict[str, Any]:
         """Give source and numbers."""
         return {"source": self.source, "n_items": self.n_items, "threshold": self.threshold}
 
-    def measure(self, text: str, examples: HeldOut, rng: np.random.Generator) -> Measured:
+    def plan(self, text: str, examples: HeldOut, rng: np.random.Generator) -> Plan | Measured:
         """Compare each firing picture with its mask."""
+        if self.mask_of is None:
+            return Measured(note=f"{SKIPPED}no masks and no segmenter were given")
         chosen = [one for one in examples.firing if one.best_image is not None][: self.n_items]
-        rows = [self._row(text, example, rng) for example in chosen]
-        if not rows:
+        if not chosen:
             return Measured(note="too few held-out examples")
-        known = [row for row in rows if "iou" in row]
-        if not known:
-            return Measured(note="no mask is known for this explanation", n=len(rows), n_failed=len(rows))
-        return Measured(
-            values=averages(rows), by_band=by_band(chosen, rows), n=len(rows), n_failed=len(rows) - len(known)
-        )
+        rows = [self._row(self.mask_of, text, example, rng) for example in chosen]
+        return Plan(finish=lambda _, counted: self._found(chosen, rows, counted))
 
-    def _row(self, text: str, example: Example, rng: np.random.Generator) -> dict[str, float]:
+    def _found(self, chosen: Sequence[Example], rows: Sequence[dict[str, float] | None], counted: Counted) -> Measured:
+        n_failed = sum(row is None for row in rows)
+        if n_failed == len(rows):
+            return Measured(note="no mask is known for this explanation", n=len(rows), n_failed=n_failed)
+        unknown = float(counted == "right")
+        strict = [
+            {"iou_strict": unknown, "pointing_strict": unknown}
+            if row is None
+            else {**row, "iou_strict": row["iou"], "pointing_strict": row["pointing"]}
+            for row in rows
+        ]
+        return Measured(values=averages(strict), by_band=by_band(chosen, strict), n=len(rows), n_failed=n_failed)
+
+    def _row(self, mask_of: MaskOf, text: str, example: Example, rng: np.random.Generator) -> dict[str, float] | None:
         image = example.best_image or 0
         heat = heat_of(example, image)
         shift = (int(rng.integers(heat.shape[0])), int(rng.integers(heat.shape[1])))
-        mask = self.mask_of(text, example, image)
+        mask = mask_of(text, example, image)
         if mask is None:
-            return {"iou_strict": 0.0, "pointing_strict": 0.0}
+            return None
         if mask.shape != heat.shape:
             raise SelectionError(
                 f"the mask of {text!r} is {mask.shape}, the picture {heat.shape}, both (height, width); give masks of "
                 "the original picture."
             )
-        iou, pointing = overlap(heat, mask, self.threshold), points_into(heat, mask)
         moved = np.roll(heat, shift, axis=(0, 1))
         return {
-            "iou": iou,
-            "iou_strict": iou,
-            "pointing": pointing,
-            "pointing_strict": pointing,
+            "iou": overlap(heat, mask, self.threshold),
+            "pointing": points_into(heat, mask),
             "iou_floor": overlap(moved, mask, self.threshold),
             "pointing_floor": points_into(moved, mask),
         }

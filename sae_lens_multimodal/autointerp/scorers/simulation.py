@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeAlias
 
 import numpy as np
 from jaxtyping import Bool, Float
 from PIL import Image
 
-from sae_lens_multimodal.autointerp.judges.base import Judge, JudgeFailure, JudgeRequest
-from sae_lens_multimodal.autointerp.measures import Measured, Measurer, by_band
+from sae_lens_multimodal.autointerp.judges.base import Judge, JudgeFailure, JudgeRequest, Outcome
+from sae_lens_multimodal.autointerp.measurer import Counted, Measured, Measurer, Plan, by_band
 from sae_lens_multimodal.autointerp.regions import heat_of
 from sae_lens_multimodal.errors import ConfigError
 
 if TYPE_CHECKING:
     from sae_lens_multimodal.autointerp.prompts import PromptBook
     from sae_lens_multimodal.autointerp.selection import HeldOut
+    from sae_lens_multimodal.features.example import Example
+
+_Cells: TypeAlias = 'Float[np.ndarray, "cells"]'
+
+
+class _Asked(NamedTuple):
+    """What is asked about one picture."""
+
+    requests: Sequence[JudgeRequest]
+    as_grid: bool
+    """Whether in one request, rather than in one for each cell."""
 
 
 class SimulationScorer(Measurer):
@@ -25,7 +37,7 @@ class SimulationScorer(Measurer):
     between what the judge says of all cells of all pictures and the mean activation there; `average_precision` that of
     the judge's ranking for the cells in which the feature fires at least half as strongly as anywhere in the picture,
     beside `prevalence`, the share of such cells, which is its chance. A picture without a usable answer is left out;
-    in `correlation_strict` it counts as if the judge had called every cell empty.
+    in the strict numbers it counts as if the judge had said the opposite of what is true.
 
     Args:
         judge: who judges.
@@ -34,9 +46,11 @@ class SimulationScorer(Measurer):
         columns: of the grid.
         n_firing: pictures in which the feature fires.
         n_silent: pictures in which it is silent.
+        min_side_pixels: a cell that is cut out and narrower than this is enlarged.
     """
 
     name: ClassVar[str] = "simulation"
+    judge: Judge
 
     def __init__(
         self,
@@ -66,8 +80,8 @@ class SimulationScorer(Measurer):
             "min_side_pixels": self.min_side_pixels,
         }
 
-    def measure(self, text: str, examples: HeldOut, rng: np.random.Generator) -> Measured:
-        """Ask about each picture, and compare all cells at once."""
+    def plan(self, text: str, examples: HeldOut, rng: np.random.Generator) -> Plan | Measured:
+        """Ask about each picture, to compare all cells at once."""
         del rng
         silent = [one for one in examples.silent if one.images][: self.n_silent]
         pictured = [
@@ -76,17 +90,33 @@ class SimulationScorer(Measurer):
         ]
         if not any(one.kind != "silent" for one, _ in pictured):
             return Measured(note="too few held-out examples")
-        true = [self._cells(heat_of(one, image)) for one, image in pictured]
-        said = [self._simulated(text, one.images[image]) for one, image in pictured]
-        if all(isinstance(one, str) and one == "not asked" for one in said):
+        asked = [self._about(text, one.images[image]) for one, image in pictured]
+        groups = [group for group in asked if group is not None]
+        if len(groups) < len(asked):
             return Measured(note="the prompt book has no words for this explanation")
-        answered = [(a, b) for a, b in zip(true, said, strict=True) if not isinstance(b, str)]
-        strict = [np.zeros_like(a) if isinstance(b, str) else b for a, b in zip(true, said, strict=True)]
-        rows = [_agreement([a], [b]) for a, b in zip(true, said, strict=True) if not isinstance(b, str)]
-        kept = [one for (one, _), b in zip(pictured, said, strict=True) if not isinstance(b, str)]
-        whole = _agreement([a for a, _ in answered], [b for _, b in answered]) if answered else {}
-        values = {**whole, "correlation_strict": correlation(np.concatenate(true), np.concatenate(strict))}
-        return Measured(values=values, by_band=by_band(kept, rows), n=len(said), n_failed=len(said) - len(answered))
+        true = [self._cells(heat_of(one, image)) for one, image in pictured]
+        chosen = [one for one, _ in pictured]
+        return Plan(
+            requests=[request for group in groups for request in group.requests],
+            finish=lambda outcomes, counted: self._found(chosen, true, self._said(outcomes, groups), counted),
+        )
+
+    def _found(
+        self, chosen: Sequence[Example], true: Sequence[_Cells], said: Sequence[_Cells | None], counted: Counted
+    ) -> Measured:
+        answered = [(one, a, b) for one, a, b in zip(chosen, true, said, strict=True) if b is not None]
+        top = max((float(b.max()) for _, _, b in answered), default=0.0) or 1.0
+        as_counted = [_stand_in(a, top, counted) if b is None else b for a, b in zip(true, said, strict=True)]
+        strict = {
+            f"{name}_strict": value for name, value in _agreement(true, as_counted).items() if name != "prevalence"
+        }
+        whole = _agreement([a for _, a, _ in answered], [b for _, _, b in answered]) if answered else {}
+        return Measured(
+            values={**whole, **strict},
+            by_band=by_band([one for one, _, _ in answered], [_agreement([a], [b]) for _, a, b in answered]),
+            n=len(said),
+            n_failed=len(said) - len(answered),
+        )
 
     def _cells(self, heat: Float[np.ndarray, "h w"]) -> Float[np.ndarray, "cells"]:
         return np.array([heat[y0:y1, x0:x1].mean() for x0, y0, x1, y1 in self._boxes(heat.shape[1], heat.shape[0])])
@@ -100,23 +130,33 @@ class SimulationScorer(Measurer):
             for column in range(self.columns)
         ]
 
-    def _simulated(self, text: str, picture: Image.Image) -> Float[np.ndarray, "cells"] | str:
-        """Ask for the grid, or for its cells; a string says why there is none."""
+    def _about(self, text: str, picture: Image.Image) -> _Asked | None:
+        """Ask for the grid, or for each of its cells; None where there are no words for it."""
         request = self.book.simulate(text, picture, self.rows, self.columns)
         if request is not None:
-            outcome = self.judge.ask(request)
-            if isinstance(outcome, JudgeFailure):
-                return "failed"
-            grid = self.book.read_grid(outcome.text, self.rows, self.columns)
-            return "failed" if grid is None else np.asarray(grid, dtype=np.float64).reshape(-1)
+            return _Asked([request], as_grid=True)
         asked = [self.book.fuzz_image(text, [self._cell(picture, box)]) for box in self._boxes(*picture.size)]
-        requests: list[JudgeRequest] = [one for one in asked if one is not None]
-        if len(requests) < len(asked):
-            return "not asked"
-        outcomes = self.judge.ask_all(requests, progress=False)
+        requests = [one for one in asked if one is not None]
+        return _Asked(requests, as_grid=False) if len(requests) == len(asked) else None
+
+    def _said(self, outcomes: Sequence[Outcome], groups: Sequence[_Asked]) -> list[_Cells | None]:
+        """Read the answers about each picture; None where one of them is of no use."""
+        left, said = iter(outcomes), []
+        for group in groups:
+            mine = [next(left) for _ in group.requests]
+            said.append(self._read_grid(mine[0]) if group.as_grid else self._read_cells(mine))
+        return said
+
+    def _read_grid(self, outcome: Outcome) -> _Cells | None:
+        if isinstance(outcome, JudgeFailure):
+            return None
+        grid = self.book.read_grid(outcome.text, self.rows, self.columns)
+        return None if grid is None else np.asarray(grid, dtype=np.float64).reshape(-1)
+
+    def _read_cells(self, outcomes: Sequence[Outcome]) -> _Cells | None:
         answers = [None if isinstance(one, JudgeFailure) else self.book.read_verdict(one.text) for one in outcomes]
         if any(answer is None for answer in answers):
-            return "failed"
+            return None
         return np.array([float(bool(answer)) for answer in answers])
 
     def _cell(self, picture: Image.Image, box: tuple[int, int, int, int]) -> Image.Image:
@@ -125,7 +165,18 @@ class SimulationScorer(Measurer):
         return cut.resize((round(cut.width * scale), round(cut.height * scale)), Image.Resampling.BICUBIC)
 
 
-def _agreement(true: list[Float[np.ndarray, "cells"]], said: list[Float[np.ndarray, "cells"]]) -> dict[str, float]:
+def _stand_in(true: _Cells, top: float, counted: Counted) -> _Cells:
+    """Say what is true of every cell, or the opposite of it, on a scale up to `top`.
+
+    >>> [_stand_in(np.array([0.0, 2.0]), 9.0, counted).tolist() for counted in ("right", "wrong")]
+    [[0.0, 9.0], [9.0, 0.0]]
+    """
+    peak = float(true.max(initial=0.0))
+    right = true / peak if peak > 0 else np.zeros_like(true)
+    return top * (right if counted == "right" else 1 - right)
+
+
+def _agreement(true: Sequence[_Cells], said: Sequence[_Cells]) -> dict[str, float]:
     fires = np.concatenate([_fires(one) for one in true])
     flat, guess = np.concatenate(true), np.concatenate(said)
     found = {"correlation": correlation(flat, guess)}

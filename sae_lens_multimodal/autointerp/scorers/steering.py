@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from sae_lens_multimodal.autointerp.judges.base import Judge, JudgeFailure
-from sae_lens_multimodal.autointerp.measures import Measured, Measurer
+from sae_lens_multimodal.autointerp.judges.base import Judge, JudgeFailure, Outcome
+from sae_lens_multimodal.autointerp.measurer import Counted, Measured, Measurer, Plan
 from sae_lens_multimodal.errors import ConfigError
 from sae_lens_multimodal.hooks.changes import Set
 from sae_lens_multimodal.hooks.steer import steer
@@ -29,6 +29,7 @@ class SteeringScorer(Measurer):
     An output-side test, after Gur-Arieh et al. 2025: an explanation from inputs need not say what a feature does.
     `said` is the share of answers of the steered model that the judge finds to name it, `said_before` that of the
     model as it is, `said_random` that with another feature set as high; `effect` is `said` less the greater of these.
+    In the strict numbers an answer without a verdict counts against the explanation in all three.
 
     Args:
         model: the model that the SAE reads.
@@ -42,6 +43,7 @@ class SteeringScorer(Measurer):
     """
 
     name: ClassVar[str] = "steering"
+    judge: Judge
     modalities: ClassVar[tuple[Any, ...]] = ("image", "text")
 
     def __init__(
@@ -74,8 +76,8 @@ class SteeringScorer(Measurer):
             "max_new_tokens": self.max_new_tokens,
         }
 
-    def measure(self, text: str, examples: HeldOut, rng: np.random.Generator) -> Measured:
-        """Compare three sets of answers."""
+    def plan(self, text: str, examples: HeldOut, rng: np.random.Generator) -> Plan | Measured:
+        """Have the model answer three times, and ask about the answers; one without words names nothing."""
         height = self.strength * self.store.scale(examples.feature)
         others = [one for one in self.store.features if one != examples.feature]
         if height <= 0 or not others:
@@ -87,20 +89,40 @@ class SteeringScorer(Measurer):
             "said": self._answers(examples.feature, height),
             "said_random": self._answers(other, height),
         }
-        found, n_failed, strict = {}, 0, 0.0
-        for name, lines in answers.items():
-            said = self._said(text, lines)
-            if said is None:
-                return Measured(note="the prompt book has no words for this explanation")
-            usable = [one for one in said if one is not None]
-            n_failed += len(said) - len(usable)
-            if usable:
-                found[name] = sum(usable) / len(usable)
-            if name == "said":
-                strict = sum(bool(one) for one in said) / len(said)
-        if len(found) == len(answers):
-            found["effect"] = found["said"] - max(found["said_before"], found["said_random"])
-        return Measured(values={**found, "said_strict": strict}, n=3 * len(self.conversations), n_failed=n_failed)
+        lines = [line for part in answers.values() for line in part]
+        asked = [self.book.detect_text(text, line) if line else None for line in lines]
+        requests = [request for request in asked if request is not None]
+        if len(requests) < sum(bool(line) for line in lines):
+            return Measured(note="the prompt book has no words for this explanation")
+        return Plan(
+            requests=requests, finish=lambda outcomes, counted: self._found(list(answers), lines, outcomes, counted)
+        )
+
+    def _found(
+        self, names: Sequence[str], lines: Sequence[str], outcomes: Sequence[Outcome], counted: Counted
+    ) -> Measured:
+        left, said = iter(outcomes), []
+        for line in lines:
+            outcome = next(left) if line else None
+            read = self.book.read_verdict(outcome.text) if outcome and not isinstance(outcome, JudgeFailure) else None
+            said.append(read if line else False)
+        each = len(self.conversations)
+        parts = {name: said[start : start + each] for name, start in zip(names, range(0, len(said), each), strict=True)}
+        usable = {name: [one for one in part if one is not None] for name, part in parts.items()}
+        found = {name: sum(part) / len(part) for name, part in usable.items() if part}
+        if len(found) == len(names):
+            found["effect"] = _effect(found)
+        # of the answers that the explanation is compared with, a failure counts the other way round
+        for_it = counted == "right"
+        strict = {
+            name: sum((name == "said") == for_it if one is None else one for one in part) / len(part)
+            for name, part in parts.items()
+        }
+        return Measured(
+            values={**found, "said_strict": strict["said"], "effect_strict": _effect(strict)},
+            n=len(said),
+            n_failed=sum(one is None for one in said),
+        )
 
     def _answers(self, feature: int, height: float) -> list[str]:
         """Answer with one feature set; the explanation and its control meet the same answers."""
@@ -112,13 +134,6 @@ class SteeringScorer(Measurer):
             )
         return self._steered[key]
 
-    def _said(self, text: str, answers: Sequence[str]) -> list[bool | None] | None:
-        """Have the judge read the answers; one without words names nothing."""
-        asked = [(index, self.book.detect_text(text, line)) for index, line in enumerate(answers) if line]
-        if any(request is None for _, request in asked):
-            return None
-        said: list[bool | None] = [False] * len(answers)
-        requests = [request for _, request in asked if request is not None]
-        for (index, _), outcome in zip(asked, self.judge.ask_all(requests, progress=False), strict=True):
-            said[index] = None if isinstance(outcome, JudgeFailure) else self.book.read_verdict(outcome.text)
-        return said
+
+def _effect(said: Mapping[str, float]) -> float:
+    return said["said"] - max(said["said_before"], said["said_random"])

@@ -2,106 +2,126 @@
 "use strict";
 
 (() => {
-  const data = JSON.parse(document.getElementById("data").textContent);
-  const features = data.features;
-  const scoreNames = data.scores;
+  const { percent, number, score, element, remember, recall, load, on } = report;
+  const head = report.head;
+  const scoreNames = head.scores;
+  const total = head.index.length;
   const $ = (id) => document.getElementById(id);
   const PAGE = 60;
-  const DASH = "–";
+  const all = Array.from({ length: total }, (_, at) => at);
+  const url = (at) => `features/${head.index[at]}.html`;
+  const name = (at) => head.label[at] || "not explained yet";
+  const value = (key, at) => head.numbers[key][0][at];
+  const control = (key, at) => head.numbers[key][1][at];
 
-  // Numbers as the pages spell them.
-  const percent = (value) => {
-    if (value === null) return DASH;
-    const p = 100 * value;
-    if (p === 0 || p >= 9.95) return `${p.toFixed(0)} %`;
-    return `${String(Number(p.toPrecision(2)))} %`;
+  // ---- what is not needed at once comes in parts: close views, stretches of text, and the words that are searched
+
+  const words = all.map((at) => `${head.index[at]}\n${head.label[at]}`.toLowerCase());
+  const details = new Array(total).fill(null);
+  const parts = new Map();
+  const partOf = (at) => Math.floor(at / head.part);
+  const loadPart = (part) => {
+    if (!parts.has(part)) {
+      parts.set(part, load(`data/part-${part}.js`, `part-${part}`).then((rows) => {
+        rows.forEach((row, k) => {
+          const at = part * head.part + k;
+          details[at] = row;
+          words[at] += `\n${row.words.toLowerCase()}`;
+        });
+        loaded += 1;
+      }));
+    }
+    return parts.get(part);
   };
-  const number = (value) => (value === null ? DASH : String(Number(value.toPrecision(3))));
-  const score = (value) => (value === undefined || value === null ? DASH : value.toFixed(2).replace(/^(-?)0\./, "$1."));
-
-  for (const feature of features) {
-    feature.words = [feature.index, feature.label, feature.explanation, ...feature.tokens, ...feature.outputs]
-      .join("\n").toLowerCase();
-  }
+  let loaded = 0;
+  const loadRest = async () => {
+    for (let part = 0; part < head.parts; part++) {
+      await loadPart(part);
+      if (state.q) schedule();
+      else await new Promise((resolve) => (window.requestIdleCallback ?? setTimeout)(resolve));
+    }
+    $("cards").dataset.complete = "yes";
+    schedule();
+  };
 
   // ---- what was chosen, and the address that keeps it
 
-  const initial = { q: "", modality: "", sort: data.sort, reverse: "", view: "", from: "0", to: "100" };
-  for (const name of scoreNames) initial[`least:${name}`] = "0";
+  const initial = { q: "", modality: "", sort: head.sort, reverse: "", view: "", from: "0", to: "100" };
+  for (const key of scoreNames) initial[`least:${key}`] = "0";
   const state = { ...initial };
-  let shown = PAGE;
+  let shown = 0;
 
   const readHash = () => {
     const given = new URLSearchParams(location.hash.slice(1));
     for (const key of Object.keys(initial)) state[key] = given.get(key) ?? initial[key];
-    if (!(state.sort in keys)) state.sort = initial.sort;
+    if (!Object.hasOwn(keys, state.sort)) state.sort = initial.sort;
   };
   const writeHash = () => {
     const chosen = new URLSearchParams();
     for (const [key, value] of Object.entries(state)) if (value !== initial[key]) chosen.set(key, value);
     const hash = chosen.size ? `#${chosen}` : "";
-    history.replaceState(null, "", hash || location.pathname + location.search);
-    try { sessionStorage.setItem("index-hash", hash); } catch { /* refused to pages from disk by some browsers */ }
+    if (hash !== location.hash) history.replaceState(null, "", hash || location.pathname + location.search);
+    remember("index-hash", hash);
   };
 
   // ---- density sliders run over the logarithm of what there is
 
-  const densities = features.map((feature) => feature.density).filter((value) => value > 0);
+  const densities = head.density.filter((found) => found > 0);
   const lowest = Math.log10(densities.reduce((a, b) => Math.min(a, b), 1));
   const highest = Math.log10(densities.reduce((a, b) => Math.max(a, b), 10 ** lowest));
   const densityAt = (position) => 10 ** (lowest + ((highest - lowest) * Number(position)) / 100);
 
   // ---- choosing and ordering
 
-  const fits = (feature, words) => {
-    if (state.modality && feature.modality !== state.modality) return false;
-    if (state.from !== "0" && feature.density < densityAt(state.from) * 0.9999) return false;
-    if (state.to !== "100" && feature.density > densityAt(state.to) * 1.0001) return false;
-    for (const name of scoreNames) {
-      const least = Number(state[`least:${name}`]);
-      if (least > 0 && !((feature.scores[name]?.value ?? -1) >= least / 100)) return false;
+  const fits = (at, sought) => {
+    if (state.modality && head.modality[at] !== state.modality) return false;
+    if (state.from !== "0" && head.density[at] < densityAt(state.from) * 0.9999) return false;
+    if (state.to !== "100" && head.density[at] > densityAt(state.to) * 1.0001) return false;
+    for (const key of scoreNames) {
+      const least = Number(state[`least:${key}`]);
+      if (least > 0 && !((value(key, at) ?? -1) >= least / 100)) return false;
     }
-    return words.every((word) => feature.words.includes(word));
+    return sought.every((word) => words[at].includes(word));
   };
 
   const keys = {
-    index: (feature) => feature.index,
-    density: (feature) => feature.density,
-    image: (feature) => feature.share,
-    max: (feature) => feature.max,
-    label: (feature) => (feature.named ? feature.label.toLowerCase() : null),
+    index: (at) => head.index[at],
+    density: (at) => head.density[at],
+    image: (at) => head.share[at],
+    max: (at) => head.max[at],
+    label: (at) => head.label[at].toLowerCase() || null,
   };
-  for (const name of scoreNames) {
-    keys[`score:${name}`] = (feature) => feature.scores[name]?.value ?? null;
-    keys[`lift:${name}`] = (feature) => {
-      const found = feature.scores[name];
-      return found && found.value !== null && found.control !== null ? found.value - found.control : null;
-    };
+  for (const key of Object.keys(head.numbers)) {
+    keys[`value:${key}`] = (at) => value(key, at);
+    keys[`lift:${key}`] = (at) => (value(key, at) === null || control(key, at) === null ? null : value(key, at) - control(key, at));
   }
   const rising = (sort) => sort === "index" || sort === "label";
 
+  // The order is kept while only the filters change.
+  let ordered = { by: null, list: all };
+  const inOrder = () => {
+    const by = `${state.sort} ${state.reverse}`;
+    if (ordered.by !== by) {
+      const sign = (rising(state.sort) ? 1 : -1) * (state.reverse ? -1 : 1);
+      const key = all.map(keys[state.sort]);
+      ordered = { by, list: [...all].sort((a, b) => {
+        const x = key[a], y = key[b];
+        if (x === null || y === null) return (x === null) - (y === null) || a - b;
+        return (x < y ? -sign : x > y ? sign : 0) || a - b;
+      }) };
+    }
+    return ordered.list;
+  };
   const chosen = () => {
-    const words = state.q.toLowerCase().split(/\s+/).filter(Boolean);
-    const key = keys[state.sort];
-    const sign = (rising(state.sort) ? 1 : -1) * (state.reverse ? -1 : 1);
-    return features.filter((feature) => fits(feature, words)).sort((a, b) => {
-      const x = key(a), y = key(b);
-      if (x === null || y === null) return (x === null) - (y === null) || a.index - b.index;
-      return (x < y ? -sign : x > y ? sign : 0) || a.index - b.index;
-    });
+    const sought = state.q.toLowerCase().split(/\s+/).filter(Boolean);
+    return inOrder().filter((at) => fits(at, sought));
   };
 
   // ---- drawing the list
 
-  const element = (tag, className, text) => {
-    const made = document.createElement(tag);
-    if (className) made.className = className;
-    if (text !== undefined) made.textContent = text;
-    return made;
-  };
-  const image = (url) => {
+  const image = (address) => {
     const made = element("img");
-    made.src = url;
+    made.src = address;
     made.alt = "";
     made.loading = "lazy";
     made.decoding = "async";
@@ -114,112 +134,141 @@
     made.append(left, element("mark", "", token), element("span", "after", after));
     return made;
   };
+  const whenThere = (at, fill) => {
+    if (details[at]) fill(details[at]);
+    else loadPart(partOf(at)).then(() => fill(details[at]));
+  };
 
-  const card = (feature) => {
+  const card = (at) => {
     const made = $("card-template").content.cloneNode(true);
-    const find = (name) => made.querySelector(`.${name}`);
-    made.querySelector("a").href = feature.url;
+    const find = (part) => made.querySelector(`.${part}`);
+    made.querySelector("a").href = url(at);
     const strip = find("strip");
-    if (feature.thumbs.length) strip.append(...feature.thumbs.map(image));
-    else if (feature.snippets.length) { strip.classList.add("words"); strip.append(...feature.snippets.map(snippet)); }
-    else strip.classList.add("nothing");
-    find("number").textContent = feature.index;
-    const balance = find("balance");
-    if (feature.share === null) balance.remove();
+    whenThere(at, ({ thumbs, snippets }) => {
+      if (thumbs.length) strip.append(...thumbs.map(image));
+      else if (snippets.length) { strip.classList.add("words"); strip.append(...snippets.map(snippet)); }
+      else strip.classList.add("nothing");
+    });
+    find("number").textContent = head.index[at];
+    const balance = find("balance"), share = head.share[at];
+    if (share === null) balance.remove();
     else {
-      balance.style.setProperty("--v", feature.share);
-      balance.setAttribute("aria-label", `${percent(feature.share)} image, ${percent(1 - feature.share)} text`);
+      balance.style.setProperty("--v", share);
+      balance.setAttribute("aria-label", `${percent(share)} image, ${percent(1 - share)} text`);
       balance.title = "from text (left) to image (right)";
     }
-    find("label").textContent = feature.named ? feature.label : "not explained yet";
-    find("label").classList.toggle("unnamed", !feature.named);
+    find("label").textContent = name(at);
+    find("label").classList.toggle("unnamed", !head.label[at]);
     const figures = find("figures");
-    const figure = (name, value, control) => {
-      const part = element("span", "", `${name} `);
-      part.append(element("b", "", value));
-      if (control !== undefined) part.append(` (${control})`);
+    const figure = (title, reading, beside) => {
+      const part = element("span", "", `${title} `);
+      part.append(element("b", "", reading));
+      if (beside !== null) part.append(` (${beside})`);
       figures.append(part);
     };
-    figure("density", percent(feature.density));
-    for (const name of scoreNames) {
-      const found = feature.scores[name];
-      if (found) figure(name, score(found.value), found.control === null ? undefined : score(found.control));
+    figure("density", percent(head.density[at]), null);
+    for (const key of scoreNames) {
+      if (value(key, at) !== null) figure(key, score(value(key, at)), control(key, at) === null ? null : score(control(key, at)));
     }
     return made;
   };
 
-  const withControl = (found) => {
-    const made = element("span", "", score(found?.value));
-    if (found && found.control !== null) made.append(element("small", "", `(${score(found.control)})`));
+  const withControl = (key, spell) => (at) => {
+    const made = element("span", "", spell(value(key, at)));
+    if (control(key, at) !== null) made.append(element("small", "", `(${spell(control(key, at))})`));
+    return made;
+  };
+  const thumbs = (at) => {
+    const box = element("div");
+    whenThere(at, (found) => box.append(...found.thumbs.slice(0, 3).map(image)));
+    return box;
+  };
+  const link = (at) => {
+    const made = element("a", head.label[at] ? "" : "quiet", head.label[at] || `feature ${head.index[at]}`);
+    made.href = url(at);
     return made;
   };
   const columns = [
-    { name: "", key: null, cell: (feature) => { const box = element("div"); box.append(...feature.thumbs.slice(0, 3).map(image)); return box; }, className: "thumb" },
-    { name: "number", key: "index", cell: (feature) => String(feature.index), className: "numeric" },
-    { name: "feature", key: "label", cell: (feature) => { const link = element("a", feature.named ? "" : "quiet", feature.named ? feature.label : `feature ${feature.index}`); link.href = feature.url; return link; }, className: "name" },
-    { name: "image share", key: "image", cell: (feature) => percent(feature.share), className: "numeric" },
-    { name: "density", key: "density", cell: (feature) => percent(feature.density), className: "numeric" },
-    { name: "strongest", key: "max", cell: (feature) => number(feature.max), className: "numeric" },
-    ...scoreNames.map((name) => ({ name, key: `score:${name}`, cell: (feature) => withControl(feature.scores[name]), className: "numeric" })),
+    { name: "pictures", key: null, cell: thumbs, className: "thumb" },
+    { name: "number", key: "index", cell: (at) => String(head.index[at]), className: "numeric" },
+    { name: "feature", key: "label", cell: link, className: "name" },
+    { name: "image share", key: "image", cell: (at) => percent(head.share[at]), className: "numeric" },
+    { name: "density", key: "density", cell: (at) => percent(head.density[at]), className: "numeric" },
+    { name: "strongest", key: "max", cell: (at) => number(head.max[at]), className: "numeric" },
+    ...scoreNames.map((key) => ({ name: key, key: `value:${key}`, cell: withControl(key, score), className: "numeric" })),
+    ...head.measures.map((key) => ({ name: key, key: `value:${key}`, cell: withControl(key, number), className: "numeric" })),
   ];
 
   const tableHead = () => {
     $("table-head").replaceChildren(...columns.map((column) => {
-      const head = element("th", column.className);
-      head.scope = "col";
-      if (column.key === null) return head;
+      const made = element("th", column.className);
+      made.scope = "col";
+      if (column.key === null) { made.append(element("span", "hidden", column.name)); return made; }
       const button = element("button", "", column.name);
       button.type = "button";
       if (state.sort === column.key) {
         const up = rising(column.key) !== Boolean(state.reverse);
-        head.setAttribute("aria-sort", up ? "ascending" : "descending");
-        button.append(up ? " ↑" : " ↓");
+        made.setAttribute("aria-sort", up ? "ascending" : "descending");
+        button.append(element("span", "arrow", up ? " ↑" : " ↓"));
       }
       button.addEventListener("click", () => {
         state.reverse = state.sort === column.key && !state.reverse ? "1" : "";
         state.sort = column.key;
         update();
+        [...$("table-head").querySelectorAll("button")].find((one) => one.textContent.startsWith(column.name)).focus();
       });
-      head.append(button);
-      return head;
+      made.append(button);
+      return made;
     }));
   };
-  const tableRow = (feature) => {
+  const tableRow = (at) => {
     const row = element("tr");
     row.append(...columns.map((column) => {
       const cell = element("td", column.className);
       cell.dataset.name = column.name;
-      cell.append(column.cell(feature));
+      cell.append(column.cell(at));
       return cell;
     }));
     return row;
   };
 
   let current = [];
-  const draw = () => {
+  const more = (count = PAGE) => {
+    const next = current.slice(shown, shown + count);
+    if (state.view === "table") $("rows").append(...next.map(tableRow));
+    else $("cards").append(...next.map(card));
+    shown += next.length;
+    $("further").hidden = shown >= current.length;
+    $("further").textContent = `Show ${Math.min(PAGE, current.length - shown)} more of ${current.length}`;
+  };
+  const draw = (count) => {
     const table = state.view === "table";
-    const part = current.slice(0, shown);
     $("cards").hidden = table;
     $("table-view").hidden = !table || !current.length;
-    $("cards").replaceChildren(...(table ? [] : part.map(card)));
+    $("cards").replaceChildren();
+    $("rows").replaceChildren();
     if (table) tableHead();
-    $("rows").replaceChildren(...(table ? part.map(tableRow) : []));
-    $("empty").hidden = current.length > 0;
-    $("further").hidden = current.length <= shown;
-    $("further").textContent = `Show ${Math.min(PAGE, current.length - shown)} more of ${current.length}`;
-    $("tally").textContent = current.length === features.length
-      ? `${features.length} features` : `${current.length} of ${features.length} features`;
+    shown = 0;
+    more(count);
+    $("empty").hidden = current.length > 0 || (state.q && loaded < head.parts);
+    tally();
+  };
+  const tally = () => {
+    const found = current.length === total ? `${total} features` : `${current.length} of ${total} features`;
+    $("tally").textContent = state.q && loaded < head.parts ? `${found}, still searching` : found;
   };
 
   // ---- the controls
 
   const showControls = () => {
-    $("q").value = state.q;
-    for (const name of ["modality", "view"]) {
-      for (const input of document.querySelectorAll(`input[name=${name}]`)) input.checked = input.value === state[name];
+    if ($("q").value !== state.q) $("q").value = state.q;
+    for (const group of ["modality", "view"]) {
+      for (const input of document.querySelectorAll(`input[name=${group}]`)) input.checked = input.value === state[group];
     }
     $("sort").value = state.sort;
-    $("direction").textContent = rising(state.sort) !== Boolean(state.reverse) ? "↑" : "↓";
+    const up = rising(state.sort) !== Boolean(state.reverse);
+    $("direction").textContent = up ? "↑" : "↓";
+    $("direction").setAttribute("aria-label", `${up ? "Ascending" : "Descending"}: reverse the order`);
     $("density-min").value = state.from;
     $("density-max").value = state.to;
     $("density-min-value").textContent = percent(densityAt(state.from));
@@ -234,13 +283,22 @@
     $("reset").hidden = !(filtered || state.q || state.modality);
   };
 
-  const update = () => {
-    shown = PAGE;
+  const update = (count = PAGE) => {
     current = chosen();
     showControls();
     writeHash();
-    draw();
-    map.draw();
+    draw(count);
+    map.later();
+  };
+  // Several changes before the next frame are one.
+  let due = 0;
+  const schedule = () => {
+    if (!due) due = requestAnimationFrame(() => { due = 0; if (state.q || loaded === head.parts) refresh(); });
+  };
+  const refresh = () => {
+    const found = chosen();
+    if (found.length === current.length && found.every((at, k) => at === current[k])) { tally(); $("empty").hidden = current.length > 0; return; }
+    update(Math.max(PAGE, shown));
   };
   const clear = () => {
     const kept = { sort: state.sort, reverse: state.reverse, view: state.view };
@@ -260,134 +318,52 @@
   for (const input of document.querySelectorAll("input[data-score]")) {
     input.addEventListener("input", () => { state[`least:${input.dataset.score}`] = input.value; update(); });
   }
-  $("reset").addEventListener("click", clear);
-  $("reset-empty").addEventListener("click", clear);
-  $("further").addEventListener("click", () => { shown += PAGE; draw(); });
-  document.addEventListener("keydown", (event) => {
-    if (event.key === "/" && !event.target.matches("input, select")) { event.preventDefault(); $("q").focus(); }
+  $("reset").addEventListener("click", () => { clear(); $("q").focus(); });
+  $("reset-empty").addEventListener("click", () => { clear(); $("q").focus(); });
+  $("further").addEventListener("click", () => {
+    const first = shown;
+    more();
+    links()[first]?.focus();
   });
+  // Watched anew each time, or it would say nothing as long as the button stays in reach.
+  const reach = new IntersectionObserver((entries) => {
+    if (!entries.some((entry) => entry.isIntersecting) || document.activeElement === $("further")) return;
+    more();
+    reach.unobserve($("further"));
+    reach.observe($("further"));
+  }, { rootMargin: "600px" });
+  reach.observe($("further"));
   window.addEventListener("hashchange", () => { readHash(); update(); });
 
-  // ---- the map: density on image tokens against density on text tokens, both logarithmic
+  // ---- keys: the list without a mouse
 
-  const map = (() => {
-    const canvas = $("map"), tip = $("map-tip"), context = canvas.getContext("2d");
-    const edge = { left: 0, right: 14, top: 10, bottom: 40 };
-    const least = features.flatMap((feature) => [feature.image, feature.text]).filter((value) => value > 0)
-      .reduce((a, b) => Math.min(a, b), 0.1);
-    const floor = Math.floor(Math.log10(least));
-    let size = { width: 0, height: 0 };
-    let placed = [];
-    let hovered = null;
-    const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
+  const links = () => [...document.querySelectorAll(state.view === "table" ? "#rows a" : "#cards a")];
+  const step = (by) => {
+    const list = links(), at = list.indexOf(document.activeElement);
+    const next = list[at < 0 ? (by > 0 ? 0 : list.length - 1) : Math.min(Math.max(at + by, 0), list.length - 1)];
+    if (next) { next.focus(); next.scrollIntoView({ block: "nearest" }); }
+  };
+  on("/", () => $("q").focus());
+  on("j", () => step(1));
+  on("k", () => step(-1));
+  on("g", () => { state.view = state.view ? "" : "table"; update(); });
+  on("x", () => clear());
 
-    // Zero has no logarithm: it gets a lane of its own, half a decade below the lowest mark.
-    const along = (value) => ((value > 0 ? Math.max(Math.log10(value), floor) : floor - 0.5) - floor + 0.5) / (0.5 - floor);
-    const x = (value) => edge.left + along(value) * (size.width - edge.left - edge.right);
-    const y = (value) => size.height - edge.bottom - along(value) * (size.height - edge.top - edge.bottom);
+  // ---- back from a feature's page: to the same place
 
-    const label = (value) => (value ? percent(value).replace(" ", "\u2009") : "never");
-    const axes = () => {
-      const marks = [0, ...Array.from({ length: 1 - floor }, (_, i) => 10 ** (floor + i))];
-      context.font = `11px ${colour("font")}`;
-      context.lineWidth = 1;
-      edge.left = 14 + Math.max(...marks.map((value) => context.measureText(label(value)).width));
-      const line = (x0, y0, x1, y1) => { context.beginPath(); context.moveTo(x0, y0); context.lineTo(x1, y1); context.stroke(); };
-      context.strokeStyle = colour("line");
-      context.fillStyle = colour("quiet");
-      const every = Math.ceil(64 / (x(1) - x(0.1)));
-      for (const value of marks) {
-        line(x(value), edge.top, x(value), size.height - edge.bottom);
-        line(edge.left, y(value), size.width - edge.right, y(value));
-        context.textAlign = "right";
-        context.fillText(label(value), edge.left - 8, y(value) + 4);
-        if (value && (Math.round(Math.log10(value)) % every || x(value) - x(0) < 58)) continue;
-        context.textAlign = value === 1 ? "right" : value ? "center" : "left";
-        context.fillText(label(value), x(value) + (value === 1 ? 10 : value ? 0 : -8), size.height - edge.bottom + 15);
-      }
-      context.strokeStyle = colour("line-strong");
-      context.setLineDash([2, 4]);
-      line(x(10 ** floor), y(10 ** floor), x(1), y(1));
-      context.setLineDash([]);
-      context.textAlign = "right";
-      context.fillStyle = colour("text");
-      context.fillText("text tokens →", size.width - edge.right, size.height - 6);
-      context.fillStyle = colour("image");
-      context.textAlign = "left";
-      context.fillText("↑ image tokens", x(0) + 6, edge.top + 10);
-    };
-    const drawAll = () => {
-      const ratio = window.devicePixelRatio || 1;
-      size = { width: canvas.clientWidth, height: canvas.clientHeight };
-      canvas.width = Math.round(size.width * ratio);
-      canvas.height = Math.round(size.height * ratio);
-      context.setTransform(ratio, 0, 0, ratio, 0, 0);
-      context.clearRect(0, 0, size.width, size.height);
-      axes();
-      const inside = new Set(current);
-      const tint = { image: colour("image"), text: colour("text"), both: colour("both") };
-      const radius = features.length > 2000 ? 2 : features.length > 300 ? 3 : 4;
-      placed = features.map((feature) => ({ feature, x: x(feature.text), y: y(feature.image), inside: inside.has(feature) }));
-      for (const dot of [...placed].sort((a, b) => a.inside - b.inside)) {
-        context.globalAlpha = dot.inside ? 0.75 : 0.12;
-        context.fillStyle = tint[dot.feature.modality] ?? colour("quiet");
-        context.beginPath();
-        context.arc(dot.x, dot.y, radius, 0, 2 * Math.PI);
-        context.fill();
-      }
-      context.globalAlpha = 1;
-      if (hovered) {
-        context.strokeStyle = colour("ink");
-        context.lineWidth = 1.5;
-        context.beginPath();
-        context.arc(hovered.x, hovered.y, radius + 3, 0, 2 * Math.PI);
-        context.stroke();
-      }
-    };
-    const nearest = (event) => {
-      const box = canvas.getBoundingClientRect();
-      const px = event.clientX - box.left, py = event.clientY - box.top;
-      let best = null, distance = 14 * 14;
-      for (const dot of placed) {
-        const d = (dot.x - px) ** 2 + (dot.y - py) ** 2;
-        if (dot.inside && d < distance) { best = dot; distance = d; }
-      }
-      return best;
-    };
-    const point = (event) => {
-      const found = nearest(event);
-      if (found?.feature === hovered?.feature) return;
-      hovered = found;
-      tip.hidden = !found;
-      canvas.style.cursor = found ? "pointer" : "";
-      if (found) {
-        const { feature } = found;
-        tip.textContent = `${feature.index} · ${feature.named ? feature.label : "not explained yet"}`;
-        tip.href = feature.url;
-        tip.style.left = `${Math.max(0, Math.min(found.x + 12, size.width - tip.offsetWidth))}px`;
-        tip.style.top = `${Math.max(0, found.y - tip.offsetHeight - 10)}px`;
-      }
-      drawAll();
-    };
-    // A finger first shows what a dot is, in a link that it can then tap; a mouse hovers and clicks.
-    const byTouch = (event) => event.pointerType === "touch";
-    canvas.addEventListener("pointermove", point);
-    canvas.addEventListener("pointerdown", (event) => { tip.classList.toggle("touch", byTouch(event)); point(event); });
-    canvas.addEventListener("pointerleave", (event) => {
-      if (byTouch(event)) return;
-      hovered = null;
-      tip.hidden = true;
-      drawAll();
-    });
-    canvas.addEventListener("click", (event) => {
-      const found = byTouch(event) ? null : nearest(event);
-      if (found) location.href = found.feature.url;
-    });
-    new ResizeObserver(drawAll).observe(canvas);
-    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawAll);
-    return { draw: drawAll };
-  })();
+  window.addEventListener("pagehide", () => remember("index-place", JSON.stringify({ hash: location.hash, shown, y: scrollY })));
+  const place = () => {
+    const returning = recall("returning") || performance.getEntriesByType("navigation")[0]?.type === "back_forward";
+    remember("returning", "");
+    const found = JSON.parse(recall("index-place") ?? "null");
+    return returning && found && found.hash === location.hash ? found : null;
+  };
+
+  const map = featureMap({ head, url, name, current: () => current });
 
   readHash();
-  update();
+  const earlier = place();
+  update(Math.max(PAGE, earlier?.shown ?? 0));
+  if (earlier) scrollTo(0, earlier.y);
+  loadRest();
 })();
