@@ -65,7 +65,7 @@ MEASURED_WORDINGS = (
 """With these edits are measured. They were taken because the model without any edit names crops by them."""
 
 
-EDIT_LAYER = 4
+EDIT_LAYER = 1
 EDIT_SETTINGS = EditSettings(max_steps=50, learning_rate=0.5, essence_weight=0.5, ridge=0.01, enough=0.8, batch_size=64)
 """Chosen on the development facts and wordings."""
 TWO_WORD_SETTINGS = replace(EDIT_SETTINGS, each_token=True)
