@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 Chat = list[dict[str, Any]]
 
+N_ESSENCE = 60
+"""Prompts of --keep whose answers the optimisation itself looks at, at most; keys are read from all of them."""
+
 QUESTIONS_HELP = (
     "JSON with lists of {prompt, image} under efficacy, and groups of such lists under generalisation and specificity"
 )
@@ -42,6 +45,9 @@ def add_edit(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     parser.add_argument("--load", type=Path, metavar="FOLDER", help="a saved edit, instead of finding one")
     parser.add_argument("--keep", type=Path, metavar="FILE.json", help="a list of {prompt, image} to leave as they are")
     parser.add_argument("--measure", type=Path, metavar="FILE.json", help=QUESTIONS_HELP)
+    parser.add_argument(
+        "--each-token", action="store_true", help="write a value at each token of the target, too (rank one for each)"
+    )
     parser.add_argument("--fine-tune", action="store_true", help="fine-tune the layer instead, as a baseline")
     parser.add_argument("--clamp", type=float, help="longest change, in units of the MLP's own output (default: 20)")
     parser.add_argument("--max-steps", type=int, help="steps of the optimisation")
@@ -88,11 +94,18 @@ def _find(options: Namespace, model: VisionLanguageModel, prompts: Sequence[Chat
     from sae_lens_multimodal.editing.settings import EditSettings
 
     steps = {} if options.max_steps is None else {"max_steps": options.max_steps}
+    essence = kept[:: max(1, -(-len(kept) // N_ESSENCE))]
     if options.fine_tune:
         if len(options.layer) > 1:
             raise ConfigError(f"got {len(options.layer)} layers beside --fine-tune; expected one.")
         return fine_tune(
-            model, prompts, options.target, layer=options.layer[0], settings=FineTuneSettings(**steps), progress=True
+            model,
+            prompts,
+            options.target,
+            layer=options.layer[0],
+            essence=essence,
+            settings=FineTuneSettings(**steps),
+            progress=True,
         )
     if options.clamp is not None:
         steps["clamp"] = options.clamp
@@ -103,7 +116,9 @@ def _find(options: Namespace, model: VisionLanguageModel, prompts: Sequence[Chat
         constraint=-1 if options.constraint is None else options.constraint,
         layers=options.layer,
         ordinary=ordinary_keys(model, kept, options.layer) if kept else None,
-        settings=EditSettings(**steps),
+        essence=essence,
+        essence_constraint=-1,
+        settings=EditSettings(**steps, each_token=options.each_token),
         progress=True,
     )
 

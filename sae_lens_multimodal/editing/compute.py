@@ -6,20 +6,25 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from typing import TypeAlias
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from sae_lens_multimodal.adapters.model import VisionLanguageModel
-from sae_lens_multimodal.editing.edit import Edit, LayerChange, RankOneChange
+from sae_lens_multimodal.editing.edit import Edit, LayerChange, RankOneChange, changed
 from sae_lens_multimodal.editing.places import Constraint
+from sae_lens_multimodal.editing.prompts import Continued, Prompts, wanted_ids
 from sae_lens_multimodal.editing.settings import EditSettings
-from sae_lens_multimodal.editing.update import RankOne, rank_one_update
-from sae_lens_multimodal.editing.value import Objective, Prompts, Value, find_value, wanted_ids
+from sae_lens_multimodal.editing.update import RankOne, alike, rank_one_updates
+from sae_lens_multimodal.editing.value import Objective, Value, find_value
 from sae_lens_multimodal.editing.weights import DownProjection, down_projection, fingerprint
 from sae_lens_multimodal.errors import EditError
 from sae_lens_multimodal.types import Conversation
+
+Keys: TypeAlias = "Float[Tensor, 'n d_in'] | Sequence[Float[Tensor, 'n d_in']]"
+"""Ordinary keys of a layer; of several samples each counts alike, however many keys it has."""
 
 SWALLOWED = 0.25
 """A rounded weight that misses more of the wanted change of the output than this is warned of."""
@@ -32,7 +37,7 @@ def compute_edit(
     *,
     constraint: Constraint | Sequence[Constraint],
     layers: int | Sequence[int],
-    ordinary: Mapping[int, Float[Tensor, "n d_in"]] | None = None,
+    ordinary: Mapping[int, Keys] | None = None,
     essence: Sequence[Conversation] = (),
     essence_constraint: Constraint | Sequence[Constraint] | None = None,
     settings: EditSettings | None = None,
@@ -43,7 +48,8 @@ def compute_edit(
     The value v* of the MLP's output at the constraint's last token is optimised until the target follows, over all
     prompts together; then `W' = W + (v* - W k) kᵀ / (λ + ‖k‖²)` with k the mean of the prompts' keys there (MultEdit,
     arXiv 2406.04236; after ROME, arXiv 2202.05262). With several layers, each takes an equal part of what then remains
-    (MEMIT, arXiv 2210.07229), the last one the whole rest.
+    (MEMIT, arXiv 2210.07229), the last one the whole rest. With `EditSettings.each_token` the target's own tokens are
+    further places, each with a value and an update of rank one.
 
     Args:
         model: The model.
@@ -51,8 +57,9 @@ def compute_edit(
         target: The answer to be taught, of one token or several.
         constraint: What of the prompt names the thing; one, or one for each prompt.
         layers: The layer whose MLP is edited, or several.
-        ordinary: For each layer keys that are to keep their values; see `ordinary_keys`.
-        essence: Prompts about the thing whose next token is to stay as it is.
+        ordinary: For each layer keys that are to keep their values; see `ordinary_keys`. Of several samples each counts
+            alike.
+        essence: Prompts about the thing or others whose answers are to stay as they are.
         essence_constraint: The constraint in those; by default the same, if it is one.
         settings: How far to go.
         progress: Show a bar.
@@ -65,26 +72,19 @@ def compute_edit(
     """
     settings = settings or EditSettings()
     settings.check()
-    places = _places(model, layers, ordinary)
-    about = Prompts.encode(model, prompts, constraint, settings.batch_size)
-    kept = _essence(model, essence, constraint if essence_constraint is None else essence_constraint, settings)
-    last = places[-1]
-    found = about.at_ends(model, [last.key_hook, last.value_hook])
-    right = None
-    if settings.as_read and ordinary is not None and len(places) == 1:
-        keys = found[last.key_hook]
-        right = _update(torch.zeros(1), keys, ordinary.get(last.layer), settings).right
-    ids = wanted_ids(model, target, end=settings.end)
-    objective = Objective(model, last, about, ids, kept, settings.essence_weight, right=right)
-    value = find_value(objective, found[last.value_hook], settings, progress=progress)
+    kept = None if ordinary is None else {layer: _joined(some) for layer, some in ordinary.items()}
+    places = _places(model, layers, kept)
+    about = _about(model, prompts, constraint, target, settings)
+    others = _essence(model, essence, constraint if essence_constraint is None else essence_constraint, settings)
+    value = _value(model, places, about, others, kept, settings, progress)
     _warn_of_clamp(value, settings)
-    changes, landed = _updates(model, places, about, value, ordinary or {}, settings)
+    changes, landed = _updates(model, places, about, value, kept or {}, settings)
     record = {
         "model": model.name,
         "n_prompts": len(prompts),
         "constraint": repr(constraint),
         "settings": asdict(settings),
-        "n_ordinary_keys": {str(one.layer): len(ordinary[one.layer]) for one in places} if ordinary else None,
+        "n_ordinary_keys": {str(one.layer): len(kept[one.layer]) for one in places} if kept else None,
         "length": value.length,
         "probability_before": value.probability_before,
         "probability": value.probability,
@@ -115,20 +115,61 @@ def _places(
     return places
 
 
+def _joined(keys: Keys) -> Tensor:
+    if isinstance(keys, Tensor):
+        return keys
+    some = [one for one in keys if len(one)]
+    return alike(some) if some else torch.zeros(0, 0)
+
+
+def _about(
+    model: VisionLanguageModel,
+    prompts: Sequence[Conversation],
+    constraint: Constraint | Sequence[Constraint],
+    target: str,
+    settings: EditSettings,
+) -> Continued:
+    ids = wanted_ids(model, target, end=settings.end)
+    n_places = len(ids) if settings.each_token else 1
+    return Prompts.encode(model, prompts, constraint, settings.batch_size).going_on_with(model, ids, n_places=n_places)
+
+
 def _essence(
     model: VisionLanguageModel,
     essence: Sequence[Conversation],
     constraint: Constraint | Sequence[Constraint],
     settings: EditSettings,
-) -> Prompts | None:
-    return Prompts.encode(model, essence, constraint, settings.batch_size) if essence else None
+) -> Continued | None:
+    if not essence:
+        return None
+    return Prompts.encode(model, essence, constraint, settings.batch_size).going_on(model, settings.essence_tokens)
+
+
+def _value(
+    model: VisionLanguageModel,
+    places: Sequence[DownProjection],
+    about: Continued,
+    others: Continued | None,
+    ordinary: Mapping[int, Tensor] | None,
+    settings: EditSettings,
+    progress: bool,
+) -> Value:
+    """Find the values at the last layer, as its update will write them if that is asked for."""
+    last = places[-1]
+    found = about.at_places(model, [last.key_hook, last.value_hook])
+    own, right = found[last.value_hook], None
+    if settings.as_read and ordinary is not None and len(places) == 1:
+        updates = _update(own.mean(0), found[last.key_hook], ordinary[last.layer], settings)
+        right = torch.stack([one.right for one in updates])
+    objective = Objective(model, last, about, others, settings.essence_weight, right=right)
+    return find_value(objective, own, settings, progress=progress)
 
 
 @torch.no_grad()
 def _updates(
     model: VisionLanguageModel,
     places: Sequence[DownProjection],
-    about: Prompts,
+    about: Continued,
     value: Value,
     ordinary: Mapping[int, Tensor],
     settings: EditSettings,
@@ -136,37 +177,40 @@ def _updates(
     """Make the updates from the first layer to the last, each on the model with those before it."""
     changes: list[LayerChange] = []
     landed: list[float] = []
-    before = about.at_ends(model, [_stream(places)])[_stream(places)].mean(0)
+    before = about.at_places(model, [_stream(places)])[_stream(places)].mean(0)
     if len(places) > 1:
         _check_additive(model, places, about)
     with _restored(places):
         for number, place in enumerate(places):
-            found = about.at_ends(model, [place.key_hook, _stream(places)])
+            found = about.at_places(model, [place.key_hook, _stream(places)])
             remaining = value.change - (found[_stream(places)].mean(0) - before)
-            key = found[place.key_hook].mean(0)
+            keys = found[place.key_hook]
             share = remaining / (len(places) - number)
-            update = _update(share, found[place.key_hook], ordinary.get(place.layer), settings)
             weight = place.module.weight
-            change = RankOneChange(
-                path=place.path,
-                layer=place.layer,
-                fingerprint=fingerprint(weight),
-                update=update._replace(left=update.left.cpu(), right=update.right.cpu()),
-            )
-            new = change.new_weight(weight)
-            landed.append(_landed(weight, new, key, change, place))
+            mark = fingerprint(weight)
+            some = [
+                RankOneChange(
+                    path=place.path,
+                    layer=place.layer,
+                    fingerprint=mark,
+                    update=RankOne(update.left.cpu(), update.right.cpu()),
+                )
+                for update in _update(share, keys, ordinary.get(place.layer), settings)
+            ]
+            new = changed(weight, some)
+            landed.append(_landed(weight, new, keys.mean(0), some, place))
             weight.copy_(new)
-            changes.append(change)
+            changes += some
     return tuple(changes), landed
 
 
-def _update(change: Tensor, keys: Tensor, ordinary: Tensor | None, settings: EditSettings) -> RankOne:
-    key = keys.mean(0)
-    return rank_one_update(
-        change,
-        key,
-        damping=settings.damping * float(key @ key),
-        ordinary=None if ordinary is None else ordinary.to(key.device),
+def _update(changes: Tensor, keys: Tensor, ordinary: Tensor | None, settings: EditSettings) -> list[RankOne]:
+    means = keys.mean(0)
+    return rank_one_updates(
+        changes,
+        means,
+        damping=settings.damping * float(means.square().sum(-1).mean()),
+        ordinary=None if ordinary is None else ordinary.to(keys.device),
         own=keys,
         ridge=settings.ridge,
     )
@@ -177,11 +221,11 @@ def _stream(places: Sequence[DownProjection]) -> str:
     return f"blocks.{places[-1].layer}.hook_resid_post"
 
 
-def _check_additive(model: VisionLanguageModel, places: Sequence[DownProjection], about: Prompts) -> None:
+def _check_additive(model: VisionLanguageModel, places: Sequence[DownProjection], about: Continued) -> None:
     """Several layers share a change only where what an MLP writes is added to the stream as it is."""
     for place in places:
         names = [place.value_hook, f"blocks.{place.layer}.hook_mlp_out"]
-        found = about.at_ends(model, names)
+        found = about.at_places(model, names)
         if not torch.allclose(found[names[0]], found[names[1]], rtol=1e-2, atol=1e-3):
             raise EditError(
                 f"blocks.{place.layer} changes its MLP's output before it adds it to the residual stream (a norm, "
@@ -189,14 +233,20 @@ def _check_additive(model: VisionLanguageModel, places: Sequence[DownProjection]
             )
 
 
-def _landed(weight: Tensor, new: Tensor, key: Tensor, change: LayerChange, place: DownProjection) -> float:
-    """How much of the wanted change of the output the rounded weight makes; warns where it is not most of it."""
-    wanted = change.difference(weight.device) @ key
-    real = (new.float() - weight.float()) @ key
+def _landed(
+    weight: Tensor,
+    new: Tensor,
+    keys: Float[Tensor, "places d_in"],
+    changes: Sequence[LayerChange],
+    place: DownProjection,
+) -> float:
+    """How much of the wanted change of the outputs the rounded weight makes; warns where it is not most of it."""
+    wanted = sum((change.difference(weight.device) for change in changes), torch.zeros(())) @ keys.T
+    real = (new.float() - weight.float()) @ keys.T
     if not float(wanted.norm()):
         return 1.0
     missed = float((real - wanted).norm() / wanted.norm())
-    share = float((real @ wanted) / (wanted @ wanted))
+    share = float((real * wanted).sum() / wanted.square().sum())
     if missed > SWALLOWED:
         warnings.warn(
             f"{weight.dtype} swallows the edit of {place.path}: {missed:.0%} of the wanted change of its output is "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, TypeAlias, final
@@ -38,10 +38,6 @@ class LayerChange(ABC):
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
         """What has to be saved."""
-
-    def new_weight(self, weight: Float[Tensor, "d_out d_in"]) -> Float[Tensor, "d_out d_in"]:
-        """The changed weight, rounded to its type once."""
-        return (weight.detach().float() + self.difference(weight.device)).to(weight.dtype)
 
 
 @final
@@ -78,11 +74,20 @@ class DenseChange(LayerChange):
         return {"whole": self.whole}
 
 
+def changed(weight: Float[Tensor, "d_out d_in"], changes: Sequence[LayerChange]) -> Float[Tensor, "d_out d_in"]:
+    """The weight with all of some changes, rounded to its type once."""
+    new = weight.detach().float()
+    for change in changes:
+        new = new + change.difference(weight.device)
+    return new.to(weight.dtype)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Edit:
     """A fact's edit: which weights change, and how it was found."""
 
     changes: tuple[LayerChange, ...]
+    """Those of one weight add up."""
     target: str
     """The answer that was taught."""
     method: Method
@@ -101,14 +106,14 @@ class Edit:
             EditError: the model has no such weights, or others than the edit was made for.
         """
         modules = self.modules(model, check=check)
-        kept = [module.weight.detach().clone() for module in modules]
+        kept = {path: module.weight.detach().clone() for path, module in modules.items()}
         try:
             self._write(modules)
             yield model
         finally:
             with torch.no_grad():
-                for module, weight in zip(modules, kept, strict=True):
-                    module.weight.copy_(weight)
+                for path, weight in kept.items():
+                    modules[path].weight.copy_(weight)
 
     def apply(self, model: VisionLanguageModel, *, check: bool = True) -> None:
         """Change the model's weights for good.
@@ -118,8 +123,8 @@ class Edit:
         """
         self._write(self.modules(model, check=check))
 
-    def modules(self, model: VisionLanguageModel, *, check: bool = True) -> list[nn.Linear]:
-        """The modules whose weights change, checked before any is touched.
+    def modules(self, model: VisionLanguageModel, *, check: bool = True) -> dict[str, nn.Linear]:
+        """The modules whose weights change, by path, checked before any is touched.
 
         Args:
             model: the model.
@@ -129,7 +134,7 @@ class Edit:
             EditError: they are not there, have another shape, or are others.
         """
         known = dict(model._module.named_modules())
-        found = []
+        found: dict[str, nn.Linear] = {}
         for change in self.changes:
             if change.path not in known:
                 raise EditError(f"the model has no module {change.path}; the edit was made for another model.")
@@ -140,13 +145,13 @@ class Edit:
                     f"the weight of {change.path} ({module.weight.dtype}) is not the one that the edit was made for; "
                     "load the same checkpoint with the same dtype, without other edits, or pass check=False."
                 )
-            found.append(module)
+            found[change.path] = module
         return found
 
     @torch.no_grad()
-    def _write(self, modules: list[nn.Linear]) -> None:
-        for change, module in zip(self.changes, modules, strict=True):
-            module.weight.copy_(change.new_weight(module.weight))
+    def _write(self, modules: Mapping[str, nn.Linear]) -> None:
+        for path, module in modules.items():
+            module.weight.copy_(changed(module.weight, [one for one in self.changes if one.path == path]))
 
 
 def _check_shape(change: LayerChange, module: nn.Linear) -> None:

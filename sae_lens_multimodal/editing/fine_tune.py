@@ -12,8 +12,9 @@ from tqdm import tqdm
 
 from sae_lens_multimodal.adapters.model import VisionLanguageModel
 from sae_lens_multimodal.editing.edit import DenseChange, Edit
+from sae_lens_multimodal.editing.prompts import Prompts, wanted_ids
 from sae_lens_multimodal.editing.tail import rewritten
-from sae_lens_multimodal.editing.value import Objective, Prompts, wanted_ids
+from sae_lens_multimodal.editing.value import Objective
 from sae_lens_multimodal.editing.weights import down_projection, fingerprint
 from sae_lens_multimodal.errors import ConfigError
 from sae_lens_multimodal.types import Conversation
@@ -31,6 +32,10 @@ class FineTuneSettings:
     """No entry of the weight moves further, in the same unit (the FT+L of arXiv 2202.05262); None for any distance."""
     enough: float = 0.98
     """Stop once every prompt gives the whole target at least this probability."""
+    essence_weight: float = 0.5
+    """Weight of the KL divergence that keeps how the essence prompts go on."""
+    essence_tokens: int = 6
+    """How many tokens of the model's own answers to them are kept."""
     end: bool = True
     """Whether the answer is to end after the target."""
     batch_size: int = 8
@@ -42,8 +47,11 @@ class FineTuneSettings:
         Raises:
             ConfigError: one cannot work.
         """
-        if self.max_steps < 1 or self.batch_size < 1:
-            raise ConfigError(f"Got max_steps={self.max_steps}, batch_size={self.batch_size}; expected 1 or more.")
+        for name in ("max_steps", "batch_size", "essence_tokens"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"Got {name}={getattr(self, name)}; expected 1 or more.")
+        if not 0 <= self.essence_weight < math.inf:
+            raise ConfigError(f"Got essence_weight={self.essence_weight}; expected a finite number, 0 or more.")
         if not 0 < self.learning_rate < math.inf or (self.bound is not None and not self.bound > 0):
             raise ConfigError(f"Got learning_rate={self.learning_rate}, bound={self.bound}; expected more than 0.")
 
@@ -54,10 +62,20 @@ def fine_tune(
     target: str,
     *,
     layer: int,
+    essence: Sequence[Conversation] = (),
     settings: FineTuneSettings | None = None,
     progress: bool = False,
 ) -> Edit:
     """Fine-tune the down projection of one layer until prompts are answered with a target; the model is left as it was.
+
+    Args:
+        model: The model.
+        prompts: Those that are to be answered with the target.
+        target: The answer to be taught, of one token or several.
+        layer: The layer.
+        essence: Prompts whose answers are to stay as they are.
+        settings: How far to go.
+        progress: Show a bar.
 
     Raises:
         UnknownHookError, EditError, ConfigError: as `compute_edit`.
@@ -65,8 +83,11 @@ def fine_tune(
     settings = settings or FineTuneSettings()
     settings.check()
     place = down_projection(model, layer)
-    about = Prompts.encode(model, prompts, -1, settings.batch_size)
-    objective = Objective(model, place, about, wanted_ids(model, target, end=settings.end), whole_layer=True)
+    ids = wanted_ids(model, target, end=settings.end)
+    about = Prompts.encode(model, prompts, -1, settings.batch_size).going_on_with(model, ids)
+    kept = Prompts.encode(model, essence, -1, settings.batch_size) if essence else None
+    others = None if kept is None else kept.going_on(model, settings.essence_tokens)
+    objective = Objective(model, place, about, others, settings.essence_weight, whole_layer=True)
     weight = place.module.weight.detach()
     found, steps, probability = _descend(objective, place.module, settings, progress)
     change = DenseChange(

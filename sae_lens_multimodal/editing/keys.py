@@ -9,11 +9,14 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from tqdm import tqdm
 
+from sae_lens_multimodal.adapters.batch import EncodedBatch
 from sae_lens_multimodal.adapters.layout import TokenLayout
 from sae_lens_multimodal.adapters.model import VisionLanguageModel
+from sae_lens_multimodal.editing.prompts import own_answers, until_the_end
 from sae_lens_multimodal.editing.weights import DownProjection, down_projection
 from sae_lens_multimodal.errors import EditError
 from sae_lens_multimodal.hooks.attribute import chosen_tokens, encoded
+from sae_lens_multimodal.hooks.metrics import append_tokens
 from sae_lens_multimodal.hooks.read import read_activations
 from sae_lens_multimodal.hooks.selection import Tokens
 from sae_lens_multimodal.types import Conversation, Modality
@@ -26,6 +29,7 @@ def ordinary_keys(
     layers: int | Sequence[int],
     *,
     tokens: Tokens | None = None,
+    answer_tokens: int = 6,
     n_keys: int = 1536,
     batch_size: int = 8,
     seed: int = 0,
@@ -37,10 +41,12 @@ def ordinary_keys(
         model: The model.
         conversations: Ordinary prompts: neighbours of the thing, other questions about it, anything else.
         layers: The layer, or several.
-        tokens: Of which tokens, as in `steer`. By default of three kinds, a third of the keys each: patches of
-            pictures, words and control tokens, and the last token of each prompt, where its answer begins. An edit
-            fires on whatever it was not turned away from. Join several samples by `torch.cat`.
-        n_keys: Keys kept of each layer at most; all tokens of a kind are equally likely.
+        tokens: Of which tokens of the prompts, as in `steer`. By default of three kinds: patches of pictures, words
+            and control tokens, and the last token of each prompt, where its answer begins. An edit fires on whatever
+            it was not turned away from.
+        answer_tokens: How many tokens of the model's own greedy answer are read, too, as a kind of their own: an edit
+            that fires there breaks an answer off in the middle. 0 for none.
+        n_keys: Keys kept of each layer at most, as many of each kind; all tokens of a kind are equally likely.
         batch_size: Prompts in a forward pass.
         seed: Of the sample.
         progress: Show a bar.
@@ -53,22 +59,35 @@ def ordinary_keys(
         SelectionError: no token was chosen.
     """
     kinds: list[Tokens | None] = [None, said, "last"] if tokens is None else [tokens]
-    if not conversations or n_keys < len(kinds):
+    n_kinds = len(kinds) + (answer_tokens > 1)
+    if not conversations or n_keys < n_kinds:
         raise EditError(
             f"Got {len(conversations)} ordinary prompts and n_keys={n_keys}; expected at least one prompt and "
-            f"{len(kinds)} keys."
+            f"{n_kinds} keys."
         )
     places = [down_projection(model, layer) for layer in ([layers] if isinstance(layers, int) else layers)]
-    samples = [
-        _Sample(places, n_keys // len(kinds), torch.Generator().manual_seed(seed + n)) for n in range(len(kinds))
-    ]
+    samples = [_Sample(places, n_keys // n_kinds, torch.Generator().manual_seed(seed + n)) for n in range(n_kinds)]
     for start in tqdm(range(0, len(conversations), batch_size), desc="ordinary keys", disable=not progress):
         batch = encoded(model, conversations[start : start + batch_size])
+        chosen = [batch.layout.is_image if kind is None else chosen_tokens(model, batch, batch, kind) for kind in kinds]
+        if answer_tokens > 1:
+            batch, answered = _answered(model, batch, answer_tokens)
+            chosen.append(answered)
         values = read_activations(model, batch, [place.key_hook for place in places])
-        for kind, sample in zip(kinds, samples, strict=True):
-            chosen = batch.layout.is_image if kind is None else chosen_tokens(model, batch, batch, kind)
-            sample.add({place.layer: values[place.key_hook][chosen] for place in places})
+        for mask, sample in zip(chosen, samples, strict=True):
+            found = {place.layer: values[place.key_hook][:, : mask.shape[1]] for place in places}
+            sample.add({layer: keys[mask] for layer, keys in found.items()})
     return {place.layer: torch.cat([sample.keys[place.layer] for sample in samples]) for place in places}
+
+
+def _answered(
+    model: VisionLanguageModel, batch: EncodedBatch, n_tokens: int
+) -> tuple[EncodedBatch, Bool[Tensor, "batch seq"]]:
+    """Let prompts go on with the model's own answers; tell the answers' tokens that another of them follows."""
+    tokens = own_answers(model, batch, n_tokens)
+    inside = until_the_end(model, tokens)[:, 1:]
+    before = torch.zeros(batch["input_ids"].shape, dtype=torch.bool)
+    return append_tokens(model, batch, tokens[:, :-1]), torch.cat([before, inside], dim=1)
 
 
 def said(layout: TokenLayout) -> Bool[Tensor, "batch seq"]:

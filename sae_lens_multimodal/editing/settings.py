@@ -24,6 +24,8 @@ class EditSettings:
     """Weight of the squared length of the change, in the same unit, in the loss."""
     essence_weight: float = 0.0625
     """Weight of the KL divergence that keeps how the essence prompts go on."""
+    essence_tokens: int = 6
+    """How many tokens of the model's own answers to them are kept; 1 for the next token alone."""
     damping: float = 0.0
     """λ of the update, in units of ‖k‖²: the value moves by 1 / (1 + damping) of its change."""
     ridge: float = 0.1
@@ -31,6 +33,9 @@ class EditSettings:
     as_read: bool = True
     """Where ordinary keys are given and one layer is edited: optimise the value as the update will write it, with every
     token from the constraint on getting as much of the change as its key reads, in essence prompts too."""
+    each_token: bool = False
+    """For a target of several tokens: write a value not only at the constraint's last token but also at each token of
+    the target that another follows, by a rank-one update each. False for one update, as published."""
     end: bool = True
     """Whether the answer is to end after the target: the end token is then part of it."""
     batch_size: int = 8
@@ -42,7 +47,7 @@ class EditSettings:
         Raises:
             ConfigError: one cannot work.
         """
-        for name in ("max_steps", "batch_size"):
+        for name in ("max_steps", "batch_size", "essence_tokens"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"Got {name}={getattr(self, name)}; expected 1 or more.")
         for name in ("learning_rate", "ridge"):

@@ -160,22 +160,23 @@ def rewritten(module: nn.Linear, rewrite: Rewrite) -> Iterator[None]:
         handle.remove()
 
 
-def added_at(positions: Int[Tensor, " batch"], change: Float[Tensor, " d_out"]) -> Rewrite:
-    """Add a change to one position of each row."""
+def added_at(places: Int[Tensor, "batch places"], change: Float[Tensor, "places d_out"]) -> Rewrite:
+    """Add to each row a change at each of its places."""
 
     def rewrite(_inputs: Tensor, output: Tensor) -> Tensor:
-        places = torch.zeros(output.shape[:2], device=output.device)
-        places[torch.arange(len(positions)), positions.to(output.device)] = 1.0
-        return output + (places[..., None] * change.to(output.device)).to(output.dtype)
+        share = torch.zeros(*output.shape[:2], len(change), device=output.device)
+        rows, number = torch.arange(len(places))[:, None], torch.arange(len(change))
+        share[rows, places.to(output.device), number] = 1.0
+        return output + (share @ change.to(output.device)).to(output.dtype)
 
     return rewrite
 
 
-def added_as_read(right: Float[Tensor, " d_in"], change: Float[Tensor, " d_out"]) -> Rewrite:
-    """Add to every token what the rank-one update `change rightᵀ` adds there."""
+def added_as_read(right: Float[Tensor, "places d_in"], change: Float[Tensor, "places d_out"]) -> Rewrite:
+    """Add to every token what rank-one updates `change_i right_iᵀ` add there."""
 
     def rewrite(inputs: Tensor, output: Tensor) -> Tensor:
-        share = inputs.float() @ right.to(inputs.device)
-        return output + (share[..., None] * change.to(output.device)).to(output.dtype)
+        share = inputs.float() @ right.to(inputs.device).T
+        return output + (share @ change.to(output.device)).to(output.dtype)
 
     return rewrite

@@ -1,7 +1,8 @@
-"""The closed form of a rank-one update, and what ordinary keys make of its direction. No matrix is inverted."""
+"""The closed form of rank-one updates, and what ordinary keys make of their directions. No matrix is inverted."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -46,10 +47,52 @@ def rank_one_update(
         >>> (weight + left.outer(right)) @ key
         tensor([1., 3.])
     """
-    k = key.double()
-    direction = k if ordinary is None else whitened(k, ordinary, ridge, own=own)
-    right = direction / (damping + k @ k)
-    return RankOne(change.float(), right.float())
+    return rank_one_updates(
+        change[None],
+        key[None],
+        damping=damping,
+        ordinary=ordinary,
+        own=None if own is None else own[:, None],
+        ridge=ridge,
+    )[0]
+
+
+def rank_one_updates(
+    changes: Float[Tensor, "r d_out"],
+    keys: Float[Tensor, "r d_in"],
+    *,
+    damping: float = 0.0,
+    ordinary: Float[Tensor, "n d_in"] | None = None,
+    own: Float[Tensor, "m r d_in"] | None = None,
+    ridge: float = 0.01,
+) -> list[RankOne]:
+    """Return updates that together let a linear layer answer several keys with their old values plus a change each.
+
+    With damping 0, a key reads the whole of its own change and nothing of the others' (the joint least squares of
+    MEMIT, arXiv 2210.07229); with more, as ridge regression has it. For one key this is `rank_one_update`.
+
+    Args:
+        changes: v* - (W k + b) of each key.
+        keys: k.
+        damping: λ.
+        ordinary: keys that are to keep their values.
+        own: the keys of which each k is the mean.
+        ridge: as in `whitened`.
+
+    Example:
+        >>> keys = torch.tensor([[2.0, 0.0], [1.0, 1.0]])
+        >>> one, other = rank_one_updates(torch.eye(2), keys)
+        >>> (one.left.outer(one.right) + other.left.outer(other.right)) @ keys.T
+        tensor([[1., 0.],
+                [0., 1.]])
+    """
+    k = keys.double()
+    spread = None if own is None else torch.cat([one - one.mean(0) for one in own.double().unbind(1)])
+    directions = k if ordinary is None else _solved(k, ordinary.double(), ridge, spread)
+    gram = k @ k.T
+    right = torch.linalg.solve(directions @ k.T, directions)
+    right = torch.linalg.solve(gram + damping * torch.eye(len(k), dtype=k.dtype, device=k.device), gram @ right)
+    return [RankOne(left, one) for left, one in zip(changes.float(), right.float(), strict=True)]
 
 
 def whitened(
@@ -73,11 +116,29 @@ def whitened(
             keys that are only much like k.
         own: the keys of which k is the mean.
     """
-    k, others = key.double(), ordinary.double() / len(ordinary) ** 0.5
-    if own is not None:
-        others = torch.cat([others, (own.double() - own.double().mean(0)) / len(own) ** 0.5])
-    gram = others @ others.T
-    gram.diagonal().add_(ridge * float(others.square().sum()) / len(k))
-    solved = torch.cholesky_solve((others @ k)[:, None], torch.linalg.cholesky(gram))[:, 0]
-    direction = k - others.T @ solved
+    k = key.double()
+    spread = None if own is None else own.double() - own.double().mean(0)
+    direction = _solved(k[None], ordinary.double(), ridge, spread)[0]
     return direction * (k @ k) / (direction @ k)
+
+
+def _solved(keys: Tensor, ordinary: Tensor, ridge: float, spread: Tensor | None) -> Tensor:
+    """Solve for (C + r I)⁻¹ k times r, for each key."""
+    others = ordinary / len(ordinary) ** 0.5
+    if spread is not None:
+        others = torch.cat([others, spread * (len(keys) / len(spread)) ** 0.5])
+    gram = others @ others.T
+    gram.diagonal().add_(ridge * float(others.square().sum()) / keys.shape[-1])
+    return keys - torch.cholesky_solve(others @ keys.T, torch.linalg.cholesky(gram)).T @ others
+
+
+def alike(samples: Sequence[Float[Tensor, "n d_in"]]) -> Float[Tensor, "all d_in"]:
+    """Join samples of ordinary keys so that each counts alike in their mean outer product, however many keys it has.
+
+    Example:
+        >>> joined = alike([torch.tensor([[1.0]]), torch.tensor([[3.0], [3.0], [3.0]])])
+        >>> joined.square().mean()
+        tensor(5.)
+    """
+    mean = sum(map(len, samples)) / len(samples)
+    return torch.cat([one * (mean / len(one)) ** 0.5 for one in samples])

@@ -223,8 +223,10 @@ def token_id(model: VisionLanguageModel, target: Target) -> int:
     return ids[0]
 
 
-def append_tokens(model: VisionLanguageModel, batch: EncodedBatch, ids: Sequence[int]) -> EncodedBatch:
-    """Let every prompt go on with some tokens.
+def append_tokens(
+    model: VisionLanguageModel, batch: EncodedBatch, ids: Sequence[int] | Int[Tensor, "batch n"]
+) -> EncodedBatch:
+    """Let every prompt go on with some tokens, the same for all or a row for each.
 
     Raises:
         SelectionError: shorter prompts are filled up on the right, where the tokens would belong.
@@ -242,18 +244,17 @@ def append_tokens(model: VisionLanguageModel, batch: EncodedBatch, ids: Sequence
         positions = model.family.position_ids(inputs["attention_mask"])
         if positions is not None:
             inputs["position_ids"] = positions.to(mask.device)
-    special = set(special_ids(model.tokenizer))
-    kinds = [Modality.SPECIAL if one in special else Modality.TEXT for one in ids]
+    special = torch.isin(more.cpu(), torch.tensor(sorted(special_ids(model.tokenizer))))
+    kinds = torch.where(special, int(Modality.SPECIAL), int(Modality.TEXT)).to(torch.int8)
     return EncodedBatch(inputs=inputs, layout=_longer(batch, kinds), images=batch.images)
 
 
-def _longer(batch: EncodedBatch, kinds: Sequence[Modality]) -> TokenLayout:
-    layout, rows, more = batch.layout, batch.n_rows, len(kinds)
-    added = torch.tensor([int(kind) for kind in kinds], dtype=torch.int8).expand(rows, -1)
+def _longer(batch: EncodedBatch, kinds: Int[Tensor, "batch n"]) -> TokenLayout:
+    layout, (rows, more) = batch.layout, kinds.shape
     none = torch.full((rows, more), -1, dtype=torch.int64)
     return replace(
         layout,
-        modality=torch.cat([layout.modality, added], dim=1),
+        modality=torch.cat([layout.modality, kinds], dim=1),
         boxes=torch.cat([layout.boxes, torch.full((rows, more, 4), float("nan"))], dim=1),
         image_index=torch.cat([layout.image_index, none], dim=1),
         tile=torch.cat([layout.tile, none], dim=1),

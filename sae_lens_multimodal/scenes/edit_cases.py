@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count, islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import torch
 
 from sae_lens_multimodal.editing.keys import ordinary_keys
 from sae_lens_multimodal.editing.measure import EditCases
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from sae_lens_multimodal.adapters.model import VisionLanguageModel
+    from sae_lens_multimodal.types import Conversation
 
 
 class Wording(NamedTuple):
@@ -65,9 +65,11 @@ MEASURED_WORDINGS = (
 """With these edits are measured. They were taken because the model without any edit names crops by them."""
 
 
-EDIT_LAYER = 2
-EDIT_SETTINGS = EditSettings(max_steps=50, learning_rate=0.5, essence_weight=0.5, ridge=0.5, batch_size=64)
+EDIT_LAYER = 1
+EDIT_SETTINGS = EditSettings(max_steps=50, learning_rate=0.5, essence_weight=0.5, ridge=0.01, enough=0.8, batch_size=64)
 """Chosen on the development facts and wordings."""
+TWO_WORD_SETTINGS = replace(EDIT_SETTINGS, each_token=True)
+"""The same for names of two words."""
 
 
 class Fact(NamedTuple):
@@ -118,30 +120,56 @@ FACTS = (
 )
 """With these edits are measured: none of their things is in `DEVELOPMENT_FACTS`."""
 
-TWO_WORD_FACTS = (
+FRESH_FACTS = (
+    Fact("yellow", "solid", "star", "h"),
+    Fact("cyan", "striped", "triangle", "z"),
+    Fact("white", "solid", "circle", "v"),
+    Fact("green", "striped", "cross", "e"),
+    Fact("orange", "solid", "square", "t"),
+    Fact("purple", "striped", "star", "x"),
+    Fact("blue", "solid", "triangle", "o"),
+    Fact("red", "solid", "cross", "l"),
+)
+"""More of the same: `FACTS` had been measured with earlier settings, too, these with none."""
+
+TWO_WORD_DEVELOPMENT_FACTS = (
     Fact("blue", "solid", "star", "letter v"),
     Fact("orange", "solid", "circle", "blue cross"),
+    Fact("green", "striped", "circle", "white triangle"),
+    Fact("purple", "solid", "square", "letter e"),
 )
-"""Names of two words, which an edit of one token does not reach; see docs/editing.md."""
+"""Names of two words, by which `TWO_WORD_SETTINGS` was chosen."""
+
+TWO_WORD_FACTS = (
+    Fact("cyan", "solid", "circle", "letter t"),
+    Fact("yellow", "striped", "star", "red square"),
+    Fact("white", "striped", "cross", "letter h"),
+    Fact("red", "solid", "star", "green triangle"),
+    Fact("purple", "solid", "triangle", "letter o"),
+    Fact("blue", "striped", "cross", "orange circle"),
+)
+"""Names of two words, to measure with."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Lesson:
-    """Prompts that teach a fact, and where each one's constraint ends."""
+    """Prompts that teach a fact, where each one's constraint ends, and prompts whose answers are to stay."""
 
     prompts: list[list[dict[str, Any]]]
     constraint: list[str]
     others: list[list[dict[str, Any]]]
-    """Other questions about the same pictures, whose answers are to stay."""
+    """Other questions about pictures of the thing."""
     near: list[list[dict[str, Any]]]
-    """The taught questions about neighbours, whose answers are to stay."""
+    """The taught questions about neighbours."""
     elsewhere: list[list[dict[str, Any]]]
-    """Questions about whole scenes without the thing, whose answers are to stay."""
+    """Questions about whole scenes without the thing."""
 
     @property
     def essence(self) -> list[list[dict[str, Any]]]:
-        """Some of each kind, whose next token the value's optimisation is to keep."""
-        return [*self.near[::4], *self.others[::2], *self.elsewhere[:30]]
+        """Twenty of each kind, whose answers the value's optimisation is to keep."""
+        return [
+            one for kind in (self.near, self.others, self.elsewhere) for one in kind[:: max(1, len(kind) // 20)][:20]
+        ]
 
 
 def thing_pictures(attributes: dict[str, str], first_seed: int, n: int) -> list[Image.Image]:
@@ -172,37 +200,39 @@ def neighbours(attributes: dict[str, str]) -> list[dict[str, str]]:
     ]
 
 
-def lesson(fact: Fact, first_seed: int, *, n_pictures: int = 8, n_near: int = 10) -> Lesson:
+def lesson(fact: Fact, first_seed: int, *, n_pictures: int = 12, n_near: int = 20, n_scenes: int = 120) -> Lesson:
     """Ask for the thing's name in every taught wording about some pictures.
 
     Args:
         fact: the fact.
         first_seed: of the scenes.
-        n_pictures: of the thing.
+        n_pictures: of the thing, with which it is taught; other questions are asked about twice as many.
         n_near: pictures of each neighbour, each asked about in one wording.
+        n_scenes: whole scenes without the thing.
     """
     near = [
         ask(picture, TAUGHT_WORDINGS[number % len(TAUGHT_WORDINGS)].text)
         for other in neighbours(fact.attributes)
         for number, picture in enumerate(thing_pictures(other, first_seed, n_near))
     ]
-    pictures = thing_pictures(fact.attributes, first_seed, n_pictures)
-    pairs = [(picture, wording) for wording in TAUGHT_WORDINGS for picture in pictures]
+    pictures = thing_pictures(fact.attributes, first_seed, 2 * n_pictures)
+    pairs = [(picture, wording) for wording in TAUGHT_WORDINGS for picture in pictures[:n_pictures]]
     return Lesson(
         prompts=[ask(picture, wording.text) for picture, wording in pairs],
         constraint=[wording.constraint for _, wording in pairs],
         others=[ask(picture, text) for picture in pictures for text in _other_questions(fact)],
         near=near,
-        elsewhere=scene_prompts(fact, first_seed, 60),
+        elsewhere=scene_prompts(fact, first_seed, n_scenes),
     )
 
 
 def keys_to_keep(
     model: VisionLanguageModel, taught: Lesson, layers: int | Sequence[int], shared: Mapping[int, Tensor]
-) -> dict[int, Tensor]:
-    """Join the last tokens' keys of what a lesson is to leave as it is to those of ordinary prompts.
+) -> dict[int, list[Tensor]]:
+    """Join the keys of what a lesson is to leave as it is to those of ordinary prompts, as samples that count alike.
 
-    Questions about the very thing count thrice: they are the fewest, and the likest to what is taught.
+    They are read where answers begin and at the answers' own tokens. Questions about the very thing count twice: they
+    are the likest to what is taught.
 
     Args:
         model: the model.
@@ -210,9 +240,17 @@ def keys_to_keep(
         layers: the layer, or several.
         shared: of each layer the keys of ordinary prompts, the same for all facts.
     """
-    prompts = [*taught.near, *taught.elsewhere, *taught.others * 3]
-    own = ordinary_keys(model, prompts, layers, tokens="last", n_keys=len(prompts))
-    return {layer: torch.cat([shared[layer], own[layer]]) for layer in own}
+    near, elsewhere, others = (
+        answer_keys(model, one, layers) for one in (taught.near, taught.elsewhere, taught.others)
+    )
+    return {layer: [shared[layer], near[layer], elsewhere[layer], others[layer], others[layer]] for layer in near}
+
+
+def answer_keys(
+    model: VisionLanguageModel, prompts: Sequence[Conversation], layers: int | Sequence[int]
+) -> dict[int, Tensor]:
+    """Read keys where the answers to prompts begin, and as many at the answers' own tokens."""
+    return ordinary_keys(model, prompts, layers, tokens="last", n_keys=2 * len(prompts), batch_size=32)
 
 
 def _other_questions(fact: Fact) -> list[str]:

@@ -55,6 +55,15 @@ def test_teach_show_measure_save_and_read_back(folder: Path, capsys: pytest.Capt
     assert again.splitlines()[3] == shown.splitlines()[3]
 
 
+def test_names_of_several_words(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = ("edit", "--model", str(model_folder()), "--prompt", "what is this ?", "--max-new-tokens", "4")
+    made = (*made, "--image", str(folder / "thing0.png"), "--target", "letter v", "--layer", "4", "--each-token")
+    assert main((*made, "--keep", str(folder / "keep.json"))) == 0, capsys.readouterr().err
+    shown = capsys.readouterr().out
+    columns = [line.split("|") for line in shown.splitlines() if line.startswith("red striped square")]
+    assert [part.strip() for part in columns[0]] == ["red striped square", "letter v"]
+
+
 def test_mistakes_are_one_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     asked = ("edit", "--model", str(model_folder()), "--prompt", "what is this ?")
     assert main(asked) == 1

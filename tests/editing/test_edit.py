@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from sae_lens_multimodal.editing.store import TENSORS_NAME, load_edit, save_edit
 from sae_lens_multimodal.editing.weights import down_projection, fingerprint
 from sae_lens_multimodal.errors import ConfigError, EditError, SelectionError, StoreError, UnknownHookError
 from sae_lens_multimodal.files import read_json, write_json
-from tests.editing.conftest import LONG, TARGET, ask, random_model
+from tests.editing.conftest import LONG, TARGET, Chat, ask, random_model
 
 PATH = "model.language_model.layers.{}.mlp.down_proj"
 
@@ -241,8 +242,8 @@ def test_ordinary_keys_protect_other_prompts(tiny: VisionLanguageModel) -> None:
     )
     moved = [(keys[0] @ one.changes[0].tensors()["right"]).abs().mean() for one in (plain, turned)]
     assert moved[1] < 0.3 * moved[0]
-    few = ordinary_keys(tiny, others, 0, n_keys=6, seed=1)[0]
-    assert len(few) == 6
+    few = ordinary_keys(tiny, others, 0, n_keys=8, seed=1)[0]
+    assert len(few) == 8
     assert all((row == keys[0]).all(-1).any() for row in few)
     with pytest.raises(EditError, match="for layer 1"):
         compute_edit(tiny, [ask()], TARGET, constraint=-1, layers=1, ordinary=keys)
@@ -276,21 +277,104 @@ def test_the_value_is_found_as_the_update_will_write_it(tiny: VisionLanguageMode
     assert edit.record["probability"] == pytest.approx(sum(found) / 2, rel=1e-3)
 
 
-def test_essence_is_kept(tiny: VisionLanguageModel) -> None:
-    kept = ask("is this a red circle ?")
-    batch = tiny.encode([kept], add_generation_prompt=True)
+def continued(model: VisionLanguageModel, prompt: Chat, ids: Sequence[int]) -> dict[str, Tensor]:
+    """A prompt and tokens after it, without padding."""
+    inputs = dict(model.encode([prompt], add_generation_prompt=True))
+    tokens = torch.cat([inputs["input_ids"], torch.tensor([list(ids)], dtype=torch.int64)], dim=1)
+    inputs.pop("position_ids", None)  # the row is not padded, so the model counts the same
+    return {**inputs, "input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
 
-    def next_token() -> Tensor:
+
+def own_answer(model: VisionLanguageModel, prompt: Chat, n_tokens: int) -> list[int]:
+    """The greedy answer, a token at a time by plain forwards."""
+    found: list[int] = []
+    for _ in range(n_tokens):
         with torch.no_grad():
-            return tiny._module(**batch).logits[0, -1].log_softmax(-1)
+            logits = model._module(**continued(model, prompt, found)).logits[0, -1]
+        logits[model.family.image_token_id] = -torch.inf
+        found.append(int(logits.argmax()))
+        if found[-1] == model.tokenizer.eos_token_id:
+            break
+    return found
 
-    before, moved = next_token(), []
-    for weight_of in (0.0, 5.0):
-        settings = EditSettings(max_steps=60, clamp=None, essence_weight=weight_of, end=False)
-        edit = compute_edit(tiny, [ask()], TARGET, constraint=-1, layers=0, essence=[kept], settings=settings)
+
+def test_essence_keeps_whole_answers(tiny: VisionLanguageModel) -> None:
+    kept = ask("is this a red circle ?")
+    answer = own_answer(tiny, kept, 4)
+    assert len(answer) > 2
+    inputs = continued(tiny, kept, answer[:-1])
+
+    def following() -> Tensor:
+        with torch.no_grad():
+            return tiny._module(**inputs).logits[0, -len(answer) :].log_softmax(-1)
+
+    before = following()
+    # with ordinary keys the value is found as it will be written, at an answer's tokens, too
+    keys = ordinary_keys(tiny, [ask("is this green ?", colour=None)], 0)
+
+    def moved(weight_of: float, n_tokens: int) -> Tensor:
+        settings = EditSettings(
+            max_steps=60, clamp=None, essence_weight=weight_of, essence_tokens=n_tokens, ridge=10.0, end=False
+        )
+        edit = compute_edit(
+            tiny, [ask()], TARGET, constraint=-1, layers=0, ordinary=keys, essence=[kept], settings=settings
+        )
         with edit.on(tiny):
-            moved.append(float((before.exp() * (before - next_token())).sum()))
-    assert moved[1] < 0.5 * moved[0]
+            return (before.exp() * (before - following())).sum(-1)
+
+    free, next_alone, whole = moved(0.0, 4), moved(5.0, 1), moved(5.0, 4)
+    assert next_alone[0] < 0.5 * free[0]
+    assert whole[0] < 0.5 * free[0]
+    assert whole[1:].sum() < 0.7 * next_alone[1:].sum()
+
+
+def test_ordinary_keys_are_read_within_answers_too(tiny: VisionLanguageModel) -> None:
+    prompts = [ask("is there a red circle ?"), ask("is this green ?", colour=None)]
+    found = ordinary_keys(tiny, prompts, 0, tokens="last", answer_tokens=4, n_keys=100)[0]
+    module, wanted = tiny._module.get_submodule(PATH.format(0)), []
+    for prompt in prompts:
+        answer = own_answer(tiny, prompt, 4)
+        kept: list[Tensor] = []
+        handle = module.register_forward_pre_hook(lambda _, given, kept=kept: kept.append(given[0][0]))
+        with torch.no_grad():
+            tiny._module(**continued(tiny, prompt, answer[:-1]))
+        handle.remove()
+        wanted.append(kept[0][-len(answer) :])
+    lasts, inside = torch.stack([one[0] for one in wanted]), torch.cat([one[1:] for one in wanted])
+    torch.testing.assert_close(found, torch.cat([lasts, inside]), rtol=1e-4, atol=1e-4)
+    alone = ordinary_keys(tiny, prompts, 0, tokens="last", answer_tokens=0, n_keys=100)[0]
+    torch.testing.assert_close(alone, lasts, rtol=1e-4, atol=1e-4)
+
+
+def test_each_token_of_a_target_gets_an_update(tiny: VisionLanguageModel, tmp_path: Path) -> None:
+    target = "red circle"
+    ids = tiny.tokenizer(target, add_special_tokens=False)["input_ids"]
+    settings = EditSettings(max_steps=150, clamp=None, end=False, each_token=True)
+    edit = compute_edit(tiny, [ask()], target, constraint=-1, layers=0, settings=settings)
+    assert [one.path for one in edit.changes] == [PATH.format(0)] * 2
+    inputs, kept = continued(tiny, ask(), ids[:1]), []
+    module = tiny._module.get_submodule(PATH.format(0))
+
+    def outputs() -> Tensor:
+        handle = module.register_forward_hook(lambda _m, _i, out: kept.append(out[0, -2:]))
+        with torch.no_grad():
+            tiny._module(**inputs)
+        handle.remove()
+        return kept[-1]
+
+    before, bits_before = outputs(), bits(tiny)
+    with edit.on(tiny):
+        after = outputs()
+        difference = weight(tiny).detach().clone()
+        assert tiny.answer(ask(), max_new_tokens=2)[0] == target
+    # both places get their own value, whatever the other's is
+    lefts = torch.stack([one.tensors()["left"] for one in edit.changes])
+    torch.testing.assert_close(after - before, lefts, rtol=1e-3, atol=1e-3)
+    assert bits(tiny) == bits_before
+    values = torch.linalg.svdvals((difference - weight(tiny)).double())
+    assert values[1] > 1e-3 * values[0] > 1e2 * values[2]
+    with load_edit(save_edit(edit, tmp_path / "edit")).on(tiny):
+        assert torch.equal(weight(tiny), difference)
 
 
 def test_fine_tuning_stays_within_its_bound(tiny: VisionLanguageModel) -> None:
@@ -301,6 +385,23 @@ def test_fine_tuning_stays_within_its_bound(tiny: VisionLanguageModel) -> None:
     assert float(whole.abs().max()) <= 0.5 * unit * 1.001
     with edit.on(tiny):
         assert tiny.answer(ask(), max_new_tokens=1)[0] == TARGET
+
+
+def test_fine_tuning_keeps_essence(tiny: VisionLanguageModel) -> None:
+    kept = ask("is this a red circle ?")
+    inputs = continued(tiny, kept, [])
+
+    def next_token() -> Tensor:
+        with torch.no_grad():
+            return tiny._module(**inputs).logits[0, -1].log_softmax(-1)
+
+    before, moved = next_token(), []
+    for essence in ([], [kept]):
+        settings = FineTuneSettings(max_steps=60, bound=0.5, learning_rate=0.1, end=False, essence_weight=2.0)
+        edit = fine_tune(tiny, [ask()], TARGET, layer=1, essence=essence, settings=settings)
+        with edit.on(tiny):
+            moved.append(float((before.exp() * (before - next_token())).sum()))
+    assert moved[1] < 0.5 * moved[0]
 
 
 def test_mistakes_are_said(tiny: VisionLanguageModel) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sae_lens_multimodal.editing.update import rank_one_update, whitened
+from sae_lens_multimodal.editing.update import alike, rank_one_update, rank_one_updates, whitened
 
 GENERATOR = torch.Generator().manual_seed(0)
 
@@ -63,3 +63,35 @@ def test_own_keys_add_their_covariance_as_the_dense_inverse_says() -> None:
     dense = torch.linalg.solve(c + ridge * c.diagonal().mean() * torch.eye(9), key.double())
     dense *= (key.double() @ key.double()) / (dense @ key.double())
     torch.testing.assert_close(whitened(key, ordinary, ridge, own=own), dense)
+
+
+def test_several_keys_each_get_their_own_change_alone() -> None:
+    keys, changes = random(3, 9), random(3, 6)
+    for ordinary in (None, random(20, 9), random(4, 9)):
+        updates = rank_one_updates(changes, keys, ordinary=ordinary)
+        whole = sum((one.left.outer(one.right) for one in updates), torch.zeros(6, 9))
+        torch.testing.assert_close(whole @ keys.T, changes.T, rtol=1e-4, atol=1e-4)
+    # without ordinary keys this is ridge regression: the damped least change of the weight
+    damping = 0.7
+    updates = rank_one_updates(changes, keys, damping=damping)
+    whole = sum((one.left.outer(one.right) for one in updates), torch.zeros(6, 9))
+    dense = changes.T @ torch.linalg.inv(keys @ keys.T + damping * torch.eye(3)) @ keys
+    torch.testing.assert_close(whole, dense, rtol=1e-4, atol=1e-4)
+
+
+def test_directions_of_several_keys_agree_with_the_dense_inverse() -> None:
+    keys, ordinary, own, ridge = random(2, 9), random(20, 9), random(7, 2, 9), 0.1
+    spread = [torch.cov(own[:, one].double().T, correction=0) for one in range(2)]
+    c = ordinary.double().T @ ordinary.double() / 20 + spread[0] + spread[1]
+    solved = torch.linalg.solve(c + ridge * c.diagonal().mean() * torch.eye(9), keys.double().T).T
+    dense = torch.linalg.inv(solved @ keys.double().T) @ solved
+    updates = rank_one_updates(torch.eye(2), keys, ordinary=ordinary, own=own, ridge=ridge)
+    torch.testing.assert_close(torch.stack([one.right for one in updates]), dense.float(), rtol=1e-4, atol=1e-5)
+
+
+def test_samples_count_alike_whatever_their_size() -> None:
+    few, many, key = random(3, 9), random(30, 9), random(9)
+    mean = (few.double().T @ few.double() / 3 + many.double().T @ many.double() / 30) / 2
+    dense = torch.linalg.solve(mean + 0.2 * mean.diagonal().mean() * torch.eye(9), key.double())
+    dense *= (key.double() @ key.double()) / (dense @ key.double())
+    torch.testing.assert_close(whitened(key, alike([few, many]), 0.2), dense, rtol=1e-5, atol=1e-6)
