@@ -24,11 +24,17 @@ import numpy as np
 from sae_lens import SAE
 from trained import cached_sae
 
-from sae_lens_multimodal import FeatureStore, explain, harvest, load_model, score
+from sae_lens_multimodal import (
+    Contrastive,
+    FeatureStore,
+    Published,
+    WordsFirst,
+    explain,
+    harvest,
+    load_model,
+    score,
+)
 from sae_lens_multimodal.autointerp.explainers.base import Procedure
-from sae_lens_multimodal.autointerp.explainers.contrastive import Contrastive
-from sae_lens_multimodal.autointerp.explainers.published import Published
-from sae_lens_multimodal.autointerp.explainers.words_first import WordsFirst
 from sae_lens_multimodal.autointerp.explanation import Explanation
 from sae_lens_multimodal.autointerp.judges import CachedJudge, TransformersJudge
 from sae_lens_multimodal.autointerp.metrics import Interval, balanced_accuracy, bootstrap_mean, spearman

@@ -13,7 +13,6 @@ from sae_lens_multimodal import (
     load_edit,
     load_model,
     measure_edit,
-    ordinary_keys,
     save_edit,
     save_edited,
 )
@@ -23,6 +22,7 @@ from sae_lens_multimodal.scenes.edit_cases import (
     DEVELOPMENT_FACTS,
     EDIT_LAYER,
     EDIT_SETTINGS,
+    answer_keys,
     ask,
     edit_cases,
     keys_to_keep,
@@ -40,7 +40,7 @@ print(fact.phrase, "->", fact.name, f"({len(taught.prompts)} prompts)")
 # %%
 # What ordinary prompts make the layer's MLP read: the edit is turned away from that. The prompts name other things, and
 # ask other questions about this one.
-shared = ordinary_keys(model, ordinary_prompts(200_000, 100), EDIT_LAYER, tokens="last", n_keys=100)
+shared = answer_keys(model, ordinary_prompts(200_000, 100), EDIT_LAYER)
 keys = keys_to_keep(model, taught, EDIT_LAYER, shared)
 
 # %%

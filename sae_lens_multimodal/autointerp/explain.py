@@ -65,8 +65,9 @@ def explain(
         prompts: the phrases; None: those for models that follow instructions.
         modality: from regions of pictures, from text, from both (two explanations), or from the modality in which
             the feature fires more.
-        procedure: `Contrastive()` weighs several explanations on examples of their own, `Published()` does as arXiv
-            2411.14982 does; None: one question about the strongest examples.
+        procedure: `Contrastive()` weighs several explanations on examples of their own, `WordsFirst()` asks only where
+            no word at hand tells the meaning, `Joint()` shows picture and text together, `Published()` does as arXiv
+            2411.14982 does; None: `General()`, one question about the strongest examples.
         n_examples: how many examples the explainer sees, at most half of those in the store.
         n_contrast: how many silent regions or texts it sees beside them.
         threshold: share of an example's strongest activation from which on a token belongs to a region or is marked.
@@ -97,7 +98,8 @@ def explain(
         "seed": seed,
         "store": store_name(store),
     }
-    if procedure is not None:
+    procedure = procedure or General()
+    if procedure.name != General.name:
         settings["procedure"] = procedure.settings()
         # hard negatives come from the descriptions
         settings["described"] = store.descriptions is not None
@@ -114,7 +116,6 @@ def explain(
         context=context,
         seed=seed,
     )
-    procedure = General() if procedure is None else procedure
     missing = [key for key in wanted if key not in known]
     bar = tqdm(total=len(missing), desc="explain", unit="feature", disable=not progress)
     with bar, ledger_kept(judge, folder.folder):

@@ -96,27 +96,20 @@ def calibrate(options: Namespace) -> None:
         write_json(options.output / CALIBRATION_FILE, found.to_json())
 
 
-def _procedure(options: Namespace, store: FeatureStore) -> Procedure | None:
+def _procedure(options: Namespace, store: FeatureStore) -> Procedure:
     from sae_lens_multimodal.autointerp.explainers.contrastive import Contrastive
+    from sae_lens_multimodal.autointerp.explainers.general import General
     from sae_lens_multimodal.autointerp.explainers.joint import Joint
     from sae_lens_multimodal.autointerp.explainers.published import Published
     from sae_lens_multimodal.autointerp.explainers.words_first import WordsFirst
     from sae_lens_multimodal.autointerp.negatives import decoder_neighbours
-
-    if options.sae is not None and options.procedure != "contrastive":
-        raise ConfigError("--sae finds hard negatives for --procedure contrastive; the others need none.")
-    if options.procedure == "general":
-        return None
-    if options.procedure == "words-first":
-        return WordsFirst()
-    if options.procedure == "joint":
-        return Joint()
-    if options.procedure == "published":
-        return Published()
-    if options.sae is None:
-        return Contrastive(neighbours={} if store.descriptions is None else store.descriptions.neighbours())
     from sae_lens_multimodal.hooks.load_sae import load_sae
 
+    if options.sae is None:
+        some: tuple[type[Procedure], ...] = (General, WordsFirst, Contrastive, Joint, Published)
+        return {procedure.name: procedure for procedure in some}[options.procedure.replace("-", "_")]()
+    if options.procedure != "contrastive":
+        raise ConfigError("--sae finds hard negatives for --procedure contrastive; the others need none.")
     return Contrastive(neighbours=decoder_neighbours(load_sae(options.sae), range(store.d_sae)))
 
 
