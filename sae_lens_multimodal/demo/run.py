@@ -26,7 +26,7 @@ from sae_lens_multimodal.demo.settings import DemoSettings
 from sae_lens_multimodal.demo.steering import SteeringResult, steer_features
 from sae_lens_multimodal.demo.tables import report_tables
 from sae_lens_multimodal.errors import StoreError
-from sae_lens_multimodal.features.describe import describe_features
+from sae_lens_multimodal.features.describe import DescriptionSettings, describe_features
 from sae_lens_multimodal.features.harvest import harvest
 from sae_lens_multimodal.features.store import FeatureStore
 from sae_lens_multimodal.files import MANIFEST_NAME, read_manifest, write_json, write_manifest
@@ -173,7 +173,7 @@ def _harvest(model: VisionLanguageModel, sae: SAE[Any], settings: DemoSettings, 
         batch_size=settings.batch_size,
         seed=settings.seed,
     )
-    return describe_features(model, sae, store)
+    return describe_features(model, sae, store, settings=DescriptionSettings(n_examples=2))
 
 
 def _fit(model: VisionLanguageModel, sae: SAE[Any], settings: DemoSettings) -> dict[str, Truth]:
