@@ -9,7 +9,7 @@ PYTEST_ARGS ?=
 .PHONY: demo test lint clean help
 
 help:
-	@echo "make demo   install into .venv and run the whole story on the embedded model (offline, about five minutes)"
+	@echo "make demo   install into .venv and run the whole story on the embedded model (offline, some minutes)"
 	@echo "make test   install into .venv with the test extras and run the tests"
 	@echo "make lint   style, types and import rules"
 
