@@ -83,6 +83,7 @@ def calibrate(options: Namespace) -> None:
     from sae_lens_multimodal.files import read_json, write_json
     from sae_lens_multimodal.scenes.planted import planted_features
 
+    others = [read_json(folder / CALIBRATION_FILE) for folder in options.compare]
     planted = planted_features(options.features, n_regions=options.regions, seed=options.seed)
     book = make_prompts(options) or GeneralPrompts()
     if options.dry_run:
@@ -90,7 +91,6 @@ def calibrate(options: Namespace) -> None:
         return
     answers = None if options.output is None else options.output / ANSWERS_FILE
     found = run(make_judge(options, answers), planted, book, seed=options.seed)
-    others = [read_json(folder / CALIBRATION_FILE) for folder in options.compare]
     print_lines(*calibration_lines(found), *(agreement_line(found, other) for other in others))
     if options.output is not None:
         write_json(options.output / CALIBRATION_FILE, found.to_json())

@@ -98,6 +98,15 @@ def _find(options: Namespace, model: VisionLanguageModel, prompts: Sequence[Chat
     if options.fine_tune:
         if len(options.layer) > 1:
             raise ConfigError(f"got {len(options.layer)} layers beside --fine-tune; expected one.")
+        idle = {
+            "--clamp": options.clamp,
+            "--each-token": options.each_token or None,
+            "--constraint": options.constraint,
+        }
+        if given := [flag for flag, value in idle.items() if value is not None]:
+            raise ConfigError(
+                f"got {', '.join(given)} beside --fine-tune, which takes none; leave one or the other out."
+            )
         return fine_tune(
             model,
             prompts,

@@ -76,7 +76,7 @@ class DenseChange(LayerChange):
 
 def changed(weight: Float[Tensor, "d_out d_in"], changes: Sequence[LayerChange]) -> Float[Tensor, "d_out d_in"]:
     """The weight with all of some changes, rounded to its type once."""
-    new = weight.detach().float()
+    new = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
     for change in changes:
         new = new + change.difference(weight.device)
     return new.to(weight.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from math import comb
 from pathlib import Path
 from typing import Any
@@ -117,19 +118,31 @@ def test_key_words_are_those_that_chance_would_not_give(captions: FeatureStore) 
     assert first.usual_share == pytest.approx(usual)
     # all ten of ten, and five words were looked at: a colour, "star", "dog" and the other two colours
     looked_at = 1 + len(others)
-    assert first.p_value == pytest.approx(usual ** len(stars) * looked_at)
+    assert first.p_value == pytest.approx(comb(N, len(stars)) / comb(2 * N, len(stars)) * looked_at)
     assert all(one.p_value > 0.05 for one in others)
     assert "a" not in {one.word for one in (first, *others)}
     assert texts.key_words([]) == []
 
 
-def test_the_tail_is_the_binomial_one(captions: FeatureStore) -> None:
+def test_the_tail_is_the_hypergeometric_one(captions: FeatureStore) -> None:
     texts = PictureTexts.of(captions)
     chosen = [*range(0, 16, 2), 1, 3]  # eight with a star, two with a cross
     found = {one.word: one for one in texts.key_words(chosen)}
-    p = (N - 8 + 0.5) / (2 * N - 10 + 1)
-    tail = sum(comb(10, k) * p**k * (1 - p) ** (10 - k) for k in (8, 9, 10))
+    tail = sum(comb(N, k) * comb(N, 10 - k) for k in (8, 9, 10)) / comb(2 * N, 10)
     assert found["star"].p_value == pytest.approx(tail * len(found))
+
+
+@pytest.mark.parametrize("n_prompts", [40, 120])
+def test_pictures_drawn_at_random_hardly_ever_have_a_key_word(n_prompts: int) -> None:
+    rng = np.random.default_rng(0)
+    vocabulary = [f"w{chr(97 + one // 26)}{chr(97 + one % 26)}" for one in range(40)]
+    found = 0
+    for _ in range(100):
+        words = {one: frozenset(rng.choice(vocabulary, 8, replace=False).tolist()) for one in range(n_prompts)}
+        texts = PictureTexts(words, Counter(word for some in words.values() for word in some))
+        keys = texts.key_words(rng.choice(n_prompts, 24, replace=False).tolist())
+        found += bool(keys) and keys[0].p_value <= 0.05
+    assert found <= 10  # .05 of 100, and twice its standard deviation
 
 
 def test_what_words_tell_costs_no_call(captions: FeatureStore, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from scipy.special import bdtrc  # type: ignore[import-untyped]
+from scipy.stats import hypergeom  # type: ignore[import-untyped]
 
 from sae_lens_multimodal.types import Modality
 
@@ -137,8 +137,8 @@ class PictureTexts:
     def key_words(self, prompt_ids: Iterable[int], *, ignored: Collection[str] = FUNCTION_WORDS) -> list[KeyWord]:
         """Find words that stand in the texts of some pictures more often than in all others'.
 
-        Keyness as in corpus linguistics, with the exact binomial tail in the place of Dunning's log-likelihood (1993),
-        since the pictures of one feature are few.
+        Keyness as in corpus linguistics, with the exact hypergeometric tail (Fisher's exact test) in the place of
+        Dunning's log-likelihood (1993), since the pictures of one feature are few, and the others may be, too.
 
         Args:
             prompt_ids: those in whose pictures the feature fires.
@@ -154,6 +154,6 @@ class PictureTexts:
         found = []
         for word in tried:
             usual = (self.counts[word] - inside[word] + 0.5) / (n_others + 1)
-            p_value = float(bdtrc(inside[word] - 1, len(chosen), min(usual, 1.0)))
+            p_value = float(hypergeom.sf(inside[word] - 1, len(self.words), self.counts[word], len(chosen)))
             found.append(KeyWord(word, min(1.0, p_value * len(tried)), inside[word] / len(chosen), usual))
         return sorted(found, key=lambda one: (one.p_value, -one.share, one.word))

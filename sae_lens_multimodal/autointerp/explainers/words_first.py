@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from sae_lens_multimodal.autointerp.explainers.base import Context, Procedure
 from sae_lens_multimodal.autointerp.explainers.general import General
+from sae_lens_multimodal.autointerp.explainers.joint import LEAST_EXAMPLES, LEAST_SHARE
 from sae_lens_multimodal.autointerp.explainers.words import FUNCTION_WORDS, own_word
 from sae_lens_multimodal.autointerp.explanation import Explanation, ModalityName, Shown
 from sae_lens_multimodal.autointerp.judges.base import Judge
@@ -40,13 +41,15 @@ class WordsFirst(Procedure):
     Two sources cost no judge call. A feature that fires on text mostly fires on one word: that word is its
     explanation, where its strongest token is that word in at least `min_recall` of the examples, and it fires on at
     least `min_precision` of the places where the word stands; the same of a feature of pictures that fires on text
-    besides. And the texts of the pictures in which a feature fires (captions, answers) hold the name of what it fires
-    on more often than those of other pictures: that word, where chance would hardly give it (`significance`, after
-    Bonferroni's correction for all words that were looked at).
+    besides, a quarter as strongly at least. It takes four such examples. And the texts of the pictures in which a
+    feature fires (captions, answers) hold the name of what it fires on more often than those of other pictures:
+    that word, where chance would hardly give it (`significance`, after Bonferroni's correction for all words that
+    were looked at).
 
-    What was looked at is never scored on: at least `n_left` of a feature's firing examples, or half of them where they
-    are fewer, are left out. A word says no more than it says: explanations of what needs a sentence come from the
-    explainer, as far as no word is telling.
+    No firing example that was looked at is scored on: at least `n_left` of them, or half where they are fewer, are
+    left out. How usual a word is, all pictures' texts say, and silent ones among them may be scored on. A word says
+    no more than it says: explanations of what needs a sentence come from the explainer, as far as no word is
+    telling.
     """
 
     name: ClassVar[str] = "words_first"
@@ -125,8 +128,8 @@ class WordsFirst(Procedure):
                 *context.store.examples(feature, "top", "text"),
                 *context.store.examples(feature, "ordinary", "text"),
             ]
-            firing = distinct(both, **taken(examples.left))
-        found = own_word(firing, quiet)
+            firing = _no_fainter(distinct(both, **taken(examples.left)), than=examples.used)
+        found = own_word(firing, quiet) if len(firing) >= LEAST_EXAMPLES else None
         if found is None or found.word in self.ignored:
             return None
         if found.recall < self.min_recall or found.precision < self.min_precision:
@@ -139,6 +142,12 @@ class WordsFirst(Procedure):
         if not found or found[0].p_value > self.significance:
             return None
         return _Found(found[0].word, PICTURE_TEXTS, examples.used)
+
+
+def _no_fainter(firing: Sequence[Example], *, than: Sequence[Example]) -> list[Example]:
+    """Leave out texts on which a feature of pictures hardly fires, beside what it does on pictures."""
+    strongest = max((float(one.image_values.max()) for one in than if one.image_values.size), default=0.0)
+    return [one for one in firing if float(one.text_values.max()) >= LEAST_SHARE * strongest]
 
 
 def _shown(context: Context, example: Example) -> Shown:

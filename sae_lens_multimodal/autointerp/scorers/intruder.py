@@ -12,6 +12,7 @@ from sae_lens_multimodal.autointerp.judges.base import Judge, JudgeFailure, Outc
 from sae_lens_multimodal.autointerp.measurer import Counted, Measured, Measurer, Plan, averages, by_band
 from sae_lens_multimodal.autointerp.places import placed_alike, strongest_spots
 from sae_lens_multimodal.autointerp.regions import show
+from sae_lens_multimodal.errors import ConfigError
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -49,6 +50,8 @@ class IntruderScorer(Measurer):
     needs_words: ClassVar[bool] = False
 
     def __init__(self, judge: Judge, book: PromptBook, *, n_trials: int = 4, n_shown: int = 4) -> None:
+        if n_trials < 1 or n_shown < 2:
+            raise ConfigError(f"n_trials={n_trials}, n_shown={n_shown}; expected at least 1 and 2.")
         self.judge, self.book, self.n_trials, self.n_shown = judge, book, n_trials, n_shown
 
     def settings(self) -> dict[str, Any]:
