@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 EXPLANATIONS_FOLDER = "explanations"
 SCORES_FOLDER = "scores"
+MEASURES_FOLDER = "measures"
 ANSWERS_FILE = "answers.sqlite"
 CALIBRATION_FILE = "calibration.json"
 
@@ -61,7 +62,7 @@ def score(options: Namespace) -> None:
 
     store = FeatureStore.open(options.store)
     output = options.output or options.store / SCORES_FOLDER
-    explanations = read_explanations(options.explanations or options.store / EXPLANATIONS_FOLDER)
+    explanations = read_explanations(explanations_of(options))
     arguments: dict[str, Any] = {
         "prompts": make_prompts(options),
         "scorers": options.scorers.split(","),
@@ -94,6 +95,18 @@ def calibrate(options: Namespace) -> None:
     print_lines(*calibration_lines(found), *(agreement_line(found, other) for other in others))
     if options.output is not None:
         write_json(options.output / CALIBRATION_FILE, found.to_json())
+
+
+def explanations_of(options: Namespace) -> Path:
+    """Find the explanations that the options name, or those in the store.
+
+    Raises:
+        ConfigError: none are named and the store has none.
+    """
+    inside: Path = options.store / EXPLANATIONS_FOLDER
+    if options.explanations is None and not inside.exists():
+        raise ConfigError(f"{inside} does not exist; name the folder or file of the explanations with --explanations.")
+    return options.explanations or inside
 
 
 def _procedure(options: Namespace, store: FeatureStore) -> Procedure:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from sae_lens_multimodal.cli.autointerp import (
     ANSWERS_FILE,
-    EXPLANATIONS_FOLDER,
+    MEASURES_FOLDER,
+    explanations_of,
     foretell,
     make_judge,
     make_prompts,
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from sae_lens_multimodal.features.store import FeatureStore
     from sae_lens_multimodal.types import Conversation
 
-MEASURES_FOLDER = "measures"
 MEASURERS = ("intruder", "simulation", "embedding", "masks", "steering", "surprisal")
 _ASK_NOBODY = frozenset({"embedding", "masks"})
 _FORETOLD = frozenset({"intruder", "simulation", "surprisal"})
@@ -70,7 +70,7 @@ def measure(options: Namespace) -> None:
 
     names = _names(options)
     store = FeatureStore.open(options.store)
-    explanations = read_explanations(options.explanations or options.store / EXPLANATIONS_FOLDER)
+    explanations = read_explanations(explanations_of(options))
     output = options.output or options.store / MEASURES_FOLDER
     if options.dry_run:
         _foretell(options, names, store, explanations)

@@ -8,7 +8,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sae_lens_multimodal.cli.autointerp import EXPLANATIONS_FOLDER, SCORES_FOLDER
+from sae_lens_multimodal.cli.autointerp import EXPLANATIONS_FOLDER, MEASURES_FOLDER, SCORES_FOLDER
 from sae_lens_multimodal.cli.options import parse_features
 from sae_lens_multimodal.errors import ConfigError
 
@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from sae_lens_multimodal.report.records import Run
 
 Commands = argparse._SubParsersAction  # the only name argparse has for it
-
-MEASURES_FOLDER = "measures"
 
 
 def add_report(commands: Commands[argparse.ArgumentParser]) -> None:
@@ -133,6 +131,11 @@ def _runs(options: Namespace, store: FeatureStore) -> list[Run]:
         # what was named must be there; what the store may hold need not
         if given is not None or (options.store / name).exists():
             own.append(given or options.store / name)
+    if not own:
+        sys.stderr.write(
+            f"{options.store} holds no explanations, scores or measures; --explanations, --scores and --measures name "
+            "those that lie elsewhere.\n"
+        )
     runs = [read_run(own, name=options.name or (OWN_NAME if options.compare else ""), store=store, books=books)]
     for text in options.compare:
         name, equals, folder = text.partition("=")

@@ -142,6 +142,7 @@ def test_measure_steers_and_looks_masks_up(
         (("--scorers", "masks", "--detector", "a"), "give --segmenter, too"),
         (("--scorers", "masks", "--segmenter", "no/where"), "no/where does not load"),
         (("--scorers", "embedding", "--embedding", "no/where"), "expected a CLIP or SigLIP checkpoint"),
+        ((*JUDGE, "--scorers", "intruder", "--shown", "1"), "n_shown=1; expected at least 1 and 2"),
     ],
 )
 def test_measure_says_what_is_missing(

@@ -64,6 +64,13 @@ def test_names_of_several_words(folder: Path, capsys: pytest.CaptureFixture[str]
     assert [part.strip() for part in columns[0]] == ["red striped square", "letter v"]
 
 
+def test_flags_that_fine_tuning_has_no_use_for_are_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ("--model", str(model_folder()), "--prompt", "what is this ?", "--image", str(folder / "thing0.png"))
+    given = ("--target", "x", "--layer", "1", "--fine-tune", "--clamp", "2", "--each-token")
+    assert main(["edit", *asked, *given]) != 0
+    assert "got --clamp, --each-token beside --fine-tune" in capsys.readouterr().err
+
+
 def test_mistakes_are_one_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     asked = ("edit", "--model", str(model_folder()), "--prompt", "what is this ?")
     assert main(asked) == 1

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from sae_lens_multimodal.data.workers import ordered_map
+from sae_lens_multimodal.data.workers import Aside, ordered_map
 
 
 def slow_double(number: int) -> int:
@@ -111,3 +111,24 @@ def test_a_chain_ends_as_one() -> None:
     second.close()
     del first, second
     assert all_end()
+
+
+@pytest.mark.parametrize("threaded", [True, False])
+def test_tasks_aside_are_done_in_order_until_one_fails(threaded: bool) -> None:
+    done: list[int] = []
+
+    def task(number: int) -> None:
+        if number == 2:
+            raise ValueError("two")
+        done.append(number)
+
+    with pytest.raises(ValueError, match="two"), Aside(threaded=threaded) as aside:
+        for number in range(5):
+            aside.do(task, number)
+    assert done == [0, 1]
+
+
+def test_waiting_tells_of_the_last_task() -> None:
+    with pytest.raises(ZeroDivisionError), Aside() as aside:
+        aside.do(lambda: 1 // 0)
+        aside.wait()
