@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sae_lens_multimodal.errors import EditError
+
 
 class RankOne(NamedTuple):
     """An update `left rightᵀ` of a weight."""
@@ -79,6 +81,9 @@ def rank_one_updates(
         own: the keys of which each k is the mean.
         ridge: as in `whitened`.
 
+    Raises:
+        EditError: keys are zero or depend on one another.
+
     Example:
         >>> keys = torch.tensor([[2.0, 0.0], [1.0, 1.0]])
         >>> one, other = rank_one_updates(torch.eye(2), keys)
@@ -90,7 +95,12 @@ def rank_one_updates(
     spread = None if own is None else torch.cat([one - one.mean(0) for one in own.double().unbind(1)])
     directions = k if ordinary is None else _solved(k, ordinary.double(), ridge, spread)
     gram = k @ k.T
-    right = torch.linalg.solve(directions @ k.T, directions)
+    right, failed = torch.linalg.solve_ex(directions @ k.T, directions)
+    if int(failed):
+        raise EditError(
+            f"Got {len(k)} keys of which some are zero or depend on the others, so that no update gives each its own "
+            "value; edit another layer, or write one value only (each_token=False)."
+        )
     right = torch.linalg.solve(gram + damping * torch.eye(len(k), dtype=k.dtype, device=k.device), gram @ right)
     return [RankOne(left, one) for left, one in zip(changes.float(), right.float(), strict=True)]
 

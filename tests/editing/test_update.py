@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from sae_lens_multimodal.editing.update import alike, rank_one_update, rank_one_updates, whitened
+from sae_lens_multimodal.errors import EditError
 
 GENERATOR = torch.Generator().manual_seed(0)
 
@@ -95,3 +96,9 @@ def test_samples_count_alike_whatever_their_size() -> None:
     dense = torch.linalg.solve(mean + 0.2 * mean.diagonal().mean() * torch.eye(9), key.double())
     dense *= (key.double() @ key.double()) / (dense @ key.double())
     torch.testing.assert_close(whitened(key, alike([few, many]), 0.2), dense, rtol=1e-5, atol=1e-6)
+
+
+def test_keys_that_are_alike_are_refused() -> None:
+    key = torch.tensor([1.0, 2.0, 0.0])
+    with pytest.raises(EditError, match="no update gives each its own value"):
+        rank_one_updates(torch.eye(2, 4), torch.stack([key, key]))
